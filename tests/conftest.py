@@ -1,0 +1,33 @@
+"""Shared by all tests: no network, and nothing left behind in shared memory."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_memory_left_clean():
+    """No test may leave a DeepSpeed buffer in shared memory."""
+    folder = Path("/dev/shm")
+    before = set(folder.glob("deepspeed_*")) if folder.is_dir() else set()
+    yield
+    left = (set(folder.glob("deepspeed_*")) if folder.is_dir() else set()) - before
+    assert not left, f"left in shared memory: {sorted(str(path) for path in left)}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
