@@ -1,0 +1,1 @@
+"""Where rows come from: files, GLUE, the hub, the embedded demo task, and samples of them."""

@@ -1,0 +1,106 @@
+"""What a task is: its rows, how they become model inputs, the head and loss they need, and the metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dist_reg.errors import UserError
+from dist_reg.tasks.metrics import compute
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from dist_reg.tasks.collator import Collator
+
+EXAMPLE_ID = "example_id"
+"""Column (int64) with the row's index in the set it was sampled from; it keys the noise of the example."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """Base of all tasks; each sort (sequences, tokens, question answering, causal LM) is a subclass.
+
+    Every data set has the column `example_id` (int64): the row's index in the set it was sampled from, so
+    that the noise of an example is the same in any subset.
+    """
+
+    name: str
+    kind: str
+    """`classification` or `regression`; decides loss, label dtype and metrics."""
+    train: Dataset
+    dev: Dataset
+    eval_sets: Mapping[str, Dataset] = field(default_factory=dict)
+    """Further evaluation sets by name."""
+    metrics: tuple[str, ...]
+    """Names known to `dist_reg.tasks.metrics`; the first one is the main metric."""
+
+    model_class: ClassVar[str]
+    """The `transformers` auto class whose `from_pretrained` builds the model with the right head."""
+
+    @property
+    def main_metric(self) -> str:
+        """The metric by which runs and checkpoints are compared."""
+        return self.metrics[0]
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a larger main metric is better; true of every metric here."""
+        return True
+
+    @property
+    def evaluation_sets(self) -> dict[str, Dataset]:
+        """`dev` and the further evaluation sets, by name."""
+        return {"dev": self.dev, **self.eval_sets}
+
+    @abstractmethod
+    def model_kwargs(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained` of `model_class`: what fixes head and loss."""
+
+    @abstractmethod
+    def encode(self, rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
+        """Model inputs and labels of some rows (columns as lists in, columns as lists out)."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        """What makes a batch of tokenized rows."""
+
+    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The task's metrics; see `dist_reg.tasks.metrics.compute`."""
+        return compute(self.metrics, logits, labels)
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Task:
+        """The same task with tokenized data sets: model inputs, `label` and `example_id`.
+
+        Raises:
+            UserError: `max_length` is more than the tokenizer's model takes.
+        """
+        limit = tokenizer.model_max_length
+        if max_length > limit:
+            raise UserError(f"data.max_length is {max_length}, but the model takes at most {limit} tokens")
+
+        def one(rows: Dataset) -> Dataset:
+            return _encode_all(self, rows, tokenizer, max_length)
+
+        sets = {name: one(rows) for name, rows in self.eval_sets.items()}
+        return replace(self, train=one(self.train), dev=one(self.dev), eval_sets=sets)
+
+
+_ROWS_AT_ONCE = 10_000
+
+
+def _encode_all(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    # not Dataset.map: it pickles and hashes the tokenizer and draws a progress bar per rank
+    from datasets import Dataset, concatenate_datasets
+
+    parts = []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        parts.append(
+            Dataset.from_dict({**task.encode(part, tokenizer, max_length), EXAMPLE_ID: part[EXAMPLE_ID]})
+        )
+    return concatenate_datasets(parts)

@@ -1,0 +1,53 @@
+"""Batches of tokenized rows, with the ids that the noise is keyed by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dist_reg.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Pads a list of rows to the longest one and returns tensors.
+
+    Out: the tokenizer's inputs [B, T], `labels` [B] of `label_dtype` (where rows have `label`), and
+    `example_ids` int64 [B].
+
+    Raises:
+        UserError: the tokenizer has no padding token, or a row has no `example_id` (a trainer with
+            `remove_unused_columns` on drops the column unless it is told to keep it).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    label_dtype: torch.dtype = torch.int64
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token is None:
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no padding token; "
+                "set tokenizer.pad_token = tokenizer.eos_token and model.config.pad_token_id"
+            )
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        from transformers import DataCollatorWithPadding
+
+        if not all("example_id" in row for row in features):
+            raise UserError(
+                "the batch has no column 'example_id', which keys the noise; "
+                "set remove_unused_columns to false"
+            )
+        extra = ("example_id", "label")
+        pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
+        batch = dict(pad([{k: v for k, v in row.items() if k not in extra} for row in features]))
+        if "label" in features[0]:
+            batch["labels"] = torch.tensor([row["label"] for row in features], dtype=self.label_dtype)
+        batch["example_ids"] = torch.tensor([row["example_id"] for row in features], dtype=torch.int64)
+        return batch
