@@ -1,0 +1,75 @@
+"""Export a trained model: plain weights, configuration, tokenizer and a card, loadable without this project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_reg.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from dist_reg.trainer import Trainer
+
+
+def export_model(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
+    """Write the model of `trainer` to `folder`, whole or not at all; every process calls this (ZeRO-3 gathers)."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(partial))
+        if trainer.args.should_save:
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            if not any(partial.glob("*.safetensors")):
+                raise OSError("no weights were written")
+            (partial / "README.md").write_text(model_card(results), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(partial, folder)
+    except KeyboardInterrupt:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the model could not be exported to {folder} ({reason(error)}); run the same command again to resume."
+        ) from error
+    trainer.accelerator.wait_for_everyone()
+
+
+def model_card(results: dict[str, Any]) -> str:
+    """The card of an exported model, from its run's results."""
+    methods = [f"{name} {options}" for entry in results["methods"] for name, options in entry.items()]
+    rows = [
+        f"| {name} | " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()) + " |"
+        for name, scores in results["metrics"].items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [dist-reg]",
+            "---",
+            "",
+            f"# {results['task']}, fine-tuned with dist-reg",
+            "",
+            f"- base model: {Path(results['model']).name}",
+            f"- methods: {'; '.join(methods) or 'plain fine-tuning'}",
+            f"- training examples: {results['train_examples']}, seed {results['seed']}, "
+            f"sample seed {results['data_seed']}",
+            f"- selection: {results['selection']}",
+            f"- made on {results['date']} with "
+            + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+            "",
+            "| evaluation set | scores |",
+            "|---|---|",
+            *rows,
+            "",
+            "Nothing of the training methods is left in these weights; load them with the `Auto` classes of",
+            "`transformers`.",
+            "",
+        ]
+    )

@@ -1,0 +1,260 @@
+"""One run, from a checked run file to results.json and an exported model in its run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import transformers
+from transformers.trainer_callback import PrinterCallback
+
+from dist_reg import checkpoint
+from dist_reg.config import RunConfig
+from dist_reg.errors import UserError, nearest, reason
+from dist_reg.export import export_model
+from dist_reg.model import load_model
+from dist_reg.provenance import provenance
+from dist_reg.rundir import RunDirectory, plain
+from dist_reg.runtime import is_main, prepare_process, world_size
+from dist_reg.tasks import Task, load_task
+from dist_reg.trainer import Trainer
+from dist_reg.training_args import training_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: RunConfig) -> dict[str, Any]:
+    """Train, evaluate and export `run`; returns the content of its results.json.
+
+    Resumes an unfinished run from its newest whole checkpoint and reports a finished one. Every process of a
+    distributed run calls this. Raises UserError before anything is written where the run cannot be done.
+    """
+    prepare_process(deepspeed=run.deepspeed is not None)
+    folder = RunDirectory(run.output_dir)
+    folder.check(run)
+    done = folder.results()
+    if done is not None:
+        say(f"{folder.path} holds this run, finished; its results:")
+        say_scores(done["metrics"])
+        return done
+    task = load_task(run.task, run.data)
+    args = training_arguments(
+        run, folder.checkpoints, main_metric=task.main_metric, greater_is_better=task.greater_is_better
+    )
+    transformers.set_seed(args.seed)
+    model, tokenizer = load_model(run.model, task.model_class, args.seed, **task.model_kwargs())
+    check_fit(run, task, model, args)
+    task = task.tokenize(tokenizer, run.data.max_length)
+    trainer = build_trainer(run, task, model, tokenizer, args, folder)
+    resume = resumable(run, folder)
+    trainer.accelerator.wait_for_everyone()
+    with folder.begin(run) if is_main() else contextlib.nullcontext():
+        trainer.accelerator.wait_for_everyone()
+        return train_in(folder, run, task, trainer, resume)
+
+
+def train_in(
+    folder: RunDirectory, run: RunConfig, task: Task, trainer: Trainer, resume: Path | None
+) -> dict[str, Any]:
+    """Train from `resume`, evaluate, export and write the results; the folder is this run's."""
+    args = trainer.args
+    say(describe(run, task, trainer))
+    if resume is not None:
+        say(f"resuming from {resume}")
+    start = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.perf_counter() - start
+    steps = trainer.state.global_step - (checkpoint.step_of(resume) if resume else 0)
+    trainer.remove_callback(transformers.EarlyStoppingCallback)
+    metrics = evaluate(trainer, task)
+    results = {
+        "task": task.name,
+        "model": run.model.name,
+        "model_config": run.model.config,
+        "methods": run.as_dict()["methods"],
+        "seed": args.seed,
+        "data_seed": run.data.seed,
+        "train_examples": len(task.train),
+        "settings": settings(run),
+        "main_metric": task.main_metric,
+        "selection": "best dev checkpoint" if args.load_best_model_at_end else "last step",
+        "metrics": metrics,
+        "timings": {
+            "train_seconds": seconds,
+            "steps": trainer.state.global_step,
+            "seconds_per_step": seconds / max(1, steps),
+            "resumed": resume is not None,
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        },
+        "train_loss": outcome.training_loss,
+        "terms": last_terms(trainer.state.log_history),
+        "topology": {
+            "processes": world_size(),
+            "deepspeed": run.deepspeed,
+            "micro_batch": args.per_device_train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        },
+        **provenance(),
+    }
+    export_model(trainer, folder.model, results)
+    if is_main():
+        folder.finish(results)
+    trainer.accelerator.wait_for_everyone()
+    say_scores(metrics)
+    say(f"results in {folder.results_file}, model in {folder.model}")
+    return results
+
+
+def build_trainer(
+    run: RunConfig,
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    args: transformers.TrainingArguments,
+    folder: RunDirectory,
+) -> Trainer:
+    """The trainer of `run` with its callbacks; `task` is tokenized."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        trainer = Trainer(
+            model,
+            args,
+            methods=run.build_methods(),
+            layers_path=run.model.layers_path,
+            train_dataset=task.train,
+            eval_dataset=task.dev,
+            data_collator=task.collator(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=lambda prediction: task.compute_metrics(
+                prediction.predictions, prediction.label_ids
+            ),
+        )
+    except (ImportError, RuntimeError) as error:  # a logger or an optimizer that is not installed
+        raise UserError(f"train: {reason(error)}") from None
+    except OSError as error:
+        if args.push_to_hub and not error.filename:
+            raise UserError(f"train.push_to_hub: the hub cannot be used ({reason(error)}).") from None
+        raise UserError(f"train.output_dir: {folder.path} cannot be created ({reason(error)}).") from None
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogCallback(folder.log_file))
+    if run.early_stopping is not None:
+        stopping = run.early_stopping
+        trainer.add_callback(transformers.EarlyStoppingCallback(stopping.patience, stopping.threshold))
+    return trainer
+
+
+def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.TrainingArguments) -> None:
+    """Raise UserError where run file, task and model do not go together."""
+    known = (*task.metrics, "loss")
+    if str(args.metric_for_best_model).removeprefix("eval_") not in known:
+        hint = nearest(str(args.metric_for_best_model), known)
+        raise UserError(
+            f"train.metric_for_best_model: {task.name} has no {args.metric_for_best_model!r}; {hint}"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and run.data.max_length > positions:
+        raise UserError(
+            f"data.max_length is {run.data.max_length}, but the model takes at most {positions} tokens."
+        )
+
+
+def resumable(run: RunConfig, folder: RunDirectory) -> Path | None:
+    """The checkpoint to resume from, if any. Raises UserError when ZeRO cannot load it on this many processes."""
+    resume = checkpoint.newest_whole(folder.checkpoints)
+    if resume is not None and run.deepspeed is not None and checkpoint.processes(resume) != world_size():
+        raise UserError(
+            f"{resume} was written by {checkpoint.processes(resume)} processes and this run has {world_size()}; "
+            "DeepSpeed resumes on the same number."
+        )
+    return resume
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """What two runs must share to be averaged: everything but seed, folder and topology."""
+    whole = plain(run.as_dict())
+    free = ("seed", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps")
+    train = {key: value for key, value in whole["train"].items() if key not in free}
+    data = {
+        key: value
+        for key, value in whole["data"].items()
+        if value is not None and key not in ("seed", "data_dir")
+    }
+    return {
+        "batch_size": run.batch_size,
+        "train": train,
+        "data": data,
+        "early_stopping": whole["early_stopping"],
+    }
+
+
+def evaluate(trainer: Trainer, task: Task) -> dict[str, dict[str, float]]:
+    """Metrics of every evaluation set of `task` (tokenized), by set."""
+    metrics = {}
+    sets: dict[str, Any] = task.evaluation_sets
+    for name, rows in sets.items():
+        found = trainer.evaluate(rows, metric_key_prefix=name)
+        metrics[name] = {metric: found[f"{name}_{metric}"] for metric in (*task.metrics, "loss")}
+    return metrics
+
+
+class LogCallback(transformers.TrainerCallback):
+    """Every log line as data in `log.jsonl`, and as a plain line where there is no progress bar."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        line = {"step": state.global_step, **logs}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({reason(error)}).") from None
+        if args.disable_tqdm and ("loss" in logs or any(name.endswith("_loss") for name in logs)):
+            click.echo(plain_line(line, state.max_steps))
+
+
+def plain_line(line: dict[str, Any], max_steps: int) -> str:
+    """One log line for a batch log."""
+    hidden = ("step", "epoch", "total_flos", "_runtime", "_per_second")
+    shown = [f"{name} {value:.4g}" for name, value in line.items() if not name.endswith(hidden)]
+    return f"step {line['step']}/{max_steps} epoch {line.get('epoch', 0):.2f}  " + "  ".join(shown)
+
+
+def describe(run: RunConfig, task: Task, trainer: Trainer) -> str:
+    """What is about to be trained, in one line."""
+    args = trainer.args
+    methods = ", ".join(method.name for method in trainer.handle.methods) or "plain fine-tuning"
+    return (
+        f"{task.name}: {len(task.train)} examples, {run.model.name}, {methods}; batch {run.batch_size} = "
+        f"{args.world_size} processes x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps}, "
+        f"{run.deepspeed or 'no deepspeed'}, gradients clipped at {args.max_grad_norm}"
+    )
+
+
+def last_terms(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last logged value of every loss term and method metric."""
+    known = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    lines = [line for line in history if "loss" in line]
+    return {name: value for name, value in lines[-1].items() if name not in known} if lines else {}
+
+
+def say_scores(metrics: dict[str, dict[str, float]]) -> None:
+    """Print the scores of every evaluation set."""
+    for name, scores in metrics.items():
+        say(f"{name}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
+
+
+def say(text: str) -> None:
+    """Print a line on the main process only."""
+    if is_main():
+        click.echo(text)

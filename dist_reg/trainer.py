@@ -1,0 +1,212 @@
+"""Transformers' Trainer with methods attached, noise keyed by example, and checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Sampler
+from transformers.trainer_utils import rotate_checkpoints
+
+from dist_reg import checkpoint
+from dist_reg.attach import regularize
+from dist_reg.errors import UserError, reason
+from dist_reg.methods.base import Method
+from dist_reg.noise import example_keys
+
+logger = logging.getLogger(__name__)
+
+ID_COLUMN = "example_id"
+ID_BATCH = "example_ids"
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of all examples every epoch, a function of (seed, epoch) alone, filled up to whole global batches.
+
+    Consecutive `batch_size` indices are one optimizer step, however many processes and micro-batches share it: the
+    loader deals them out in turn. The last batch of an epoch is completed from the epoch's own beginning, so every
+    step weighs the same at every topology.
+    """
+
+    def __init__(self, examples: int, batch_size: int, seed: int, shuffle: bool = True) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.examples // self.batch_size) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) & (2**63 - 1))
+        order = (
+            torch.randperm(self.examples, generator=generator)
+            if self.shuffle
+            else torch.arange(self.examples)
+        )
+        return iter(order.repeat(-(-len(self) // self.examples))[: len(self)].tolist())
+
+
+class _EpochCallback(transformers.TrainerCallback):
+    """Tells the sampler, and through it the noise, which epoch begins."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.begin_epoch(state.global_step)
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` that attaches `methods` (see `dist_reg.regularize`).
+
+    The noise of an example is keyed by (`args.seed`, epoch, example id), so a run is the same on any number of
+    processes and any ZeRO stage; ids come from the batch's `example_ids` (see `dist_reg.tasks.Collator`). Every log
+    line holds the loss by term. Checkpoints are sealed by `dist_reg.checkpoint`.
+    """
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        args: transformers.TrainingArguments,
+        *,
+        methods: Sequence[Method] = (),
+        layers_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.handle = regularize(model, methods, seed=args.seed, layers_path=layers_path)
+        self._sampler: EpochSampler | None = None
+        self._partial: Path | None = None
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(_EpochCallback(self))
+
+    # -- data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *(name for name in (ID_COLUMN, ID_BATCH) if name not in columns)]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if not hasattr(dataset, "__len__") or strategy not in ("random", "sequential"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(len(dataset), self._global_batch, seed, shuffle=strategy == "random")
+        return self._sampler
+
+    @property
+    def _global_batch(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def begin_epoch(self, global_step: int) -> None:
+        """Set the sampler to the epoch that begins after `global_step` optimizer steps."""
+        if self._sampler is not None:
+            self._sampler.set_epoch(global_step // (len(self._sampler) // self._global_batch))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run resumed from its last checkpoint, or from one where early stopping had decided, takes no further step.
+        if self.state.global_step >= self.state.max_steps or self._stopped_early():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _stopped_early(self) -> bool:
+        stops = [
+            c for c in self.callback_handler.callbacks if isinstance(c, transformers.EarlyStoppingCallback)
+        ]
+        return any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in stops)
+
+    # -- loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ids = inputs.pop(ID_BATCH, None)
+        if ids is not None and model.training:
+            epoch = self._sampler.epoch if self._sampler is not None else int(self.state.epoch or 0)
+            inputs["example_keys"] = example_keys(ids, epoch)
+        step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
+        self.handle.measure = step == 0 or (step + 1) % every == 0
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        inputs.pop(ID_BATCH, None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._metrics_of_all_ranks())
+        super().log(logs, start_time)
+
+    def _metrics_of_all_ranks(self) -> dict[str, float]:
+        metrics = self.handle.metrics()
+        if self.args.world_size > 1 and metrics:
+            values = torch.tensor([metrics[name] for name in sorted(metrics)], device=self.args.device)
+            metrics = dict(zip(sorted(metrics), self.accelerator.reduce(values, "mean").tolist()))
+        return metrics
+
+    # -- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        root = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        partial, final = root / checkpoint.PARTIAL / name, root / name
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        best_before = self.state.best_model_checkpoint
+        self._partial = root / checkpoint.PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = self._best_path(root, best_before)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+                checkpoint.publish(partial, final, self.args.world_size)
+        except Exception as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            kept = checkpoint.newest_whole(root)
+            raise UserError(
+                f"checkpoint {final} could not be written ({reason(error)}); "
+                + (f"{kept} is the last whole one." if kept else "there is no earlier one.")
+            ) from error
+        finally:
+            self._partial = None
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.remove_broken(root)
+            rotate_checkpoints(
+                output_dir=str(root),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+
+    def _best_path(self, root: Path, before: str | None) -> str | None:
+        best = root / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir() or self.state.best_global_step == self.state.global_step:
+            return str(best)
+        return before

@@ -1,0 +1,265 @@
+"""From `batch_size`, `train` and `deepspeed` to TrainingArguments: arithmetic, names, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.training_args import OptimizerNames
+
+from dist_reg.config import ModelConfig, RunConfig
+from dist_reg.errors import UserError
+from dist_reg.training_args import (
+    DEFAULTS,
+    ELEMENTWISE_OPTIMIZERS,
+    RENAMED,
+    WITHOUT_EFFECT,
+    _batch_fields,
+    _check_names,
+    _check_optimizer,
+    activation_checkpointing_field,
+    ds_config_path,
+    field_names,
+    read_ds_config,
+    shipped_ds_configs,
+    training_arguments,
+)
+
+MICRO, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+
+def make(batch_size: int = 8, **fields: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(name="-"), batch_size=batch_size, **fields)
+
+
+def sentence(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# -- batch arithmetic
+
+
+@pytest.mark.parametrize(
+    ("world", "train", "micro", "steps"),
+    [
+        (1, {}, 8, 1),
+        (2, {}, 4, 1),
+        (4, {}, 2, 1),
+        (8, {}, 1, 1),
+        (1, {STEPS: 4}, 2, 4),
+        (2, {STEPS: 2}, 2, 2),
+        (1, {MICRO: 2}, 2, 4),
+        (4, {MICRO: 1}, 1, 2),
+        (2, {MICRO: 2, STEPS: 2}, 2, 2),
+    ],
+)
+def test_batch_is_cut_over_the_processes(monkeypatch, world, train, micro, steps):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert _batch_fields(make(8), train) == {MICRO: micro, STEPS: steps}
+
+
+def test_one_process_without_a_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert _batch_fields(make(5), {}) == {MICRO: 5, STEPS: 1}
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "train"),
+    [
+        (3, 8, {}),
+        (16, 8, {}),
+        (1, 8, {STEPS: 3}),
+        (1, 8, {STEPS: 16}),
+        (2, 8, {MICRO: 3}),
+        (1, 8, {MICRO: 16}),
+        (2, 8, {MICRO: 2, STEPS: 4}),
+        (1, 8, {STEPS: -2}),
+        (1, 8, {STEPS: 0}),
+        (1, 8, {MICRO: -4}),
+        (1, 8, {MICRO: 0}),
+        (1, 8, {MICRO: 0, STEPS: 0}),
+        (1, 8, {MICRO: "four"}),
+        (1, 8, {STEPS: "two"}),
+        (1, 8, {MICRO: 4.0}),
+        (1, 8, {STEPS: 2.0}),
+    ],
+)
+def test_batch_that_does_not_divide_is_refused(monkeypatch, world, batch, train):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(UserError) as error:
+        _batch_fields(make(batch), train)
+    message = sentence(error)
+    for part in (str(batch), f"({world})", *(str(value) for value in train.values())):
+        assert part in message
+
+
+# -- names of fields
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_renamed_field_gets_its_message(name):
+    assert name not in field_names()
+    with pytest.raises(UserError) as error:
+        _check_names({name: 1})
+    assert sentence(error) == (
+        f"train.{name} is not a field of TrainingArguments any more; use {RENAMED[name]}."
+    )
+
+
+def test_what_the_messages_and_defaults_name_exists():
+    known = field_names()
+    assert set(DEFAULTS) <= set(known)
+    for replacement in RENAMED.values():
+        word = replacement.partition(" ")[0].rstrip(":")
+        assert word in known or word in ("train.output_dir", "nothing:", "nothing"), replacement
+
+
+@pytest.mark.parametrize(
+    ("name", "close"), [("lerning_rate", "learning_rate"), ("epochs", ""), ("num_epochs", "num_train_epochs")]
+)
+def test_unknown_field_gets_the_nearest_name(name, close):
+    with pytest.raises(UserError, match=f"train: unknown key '{name}'") as error:
+        _check_names({name: 1})
+    assert close in sentence(error)
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_field_without_effect_is_refused(name):
+    with pytest.raises(UserError, match=f"train.{name} has no effect"):
+        _check_names({name: True})
+
+
+def test_deepspeed_belongs_to_the_top_of_the_run_file():
+    with pytest.raises(UserError, match="train.deepspeed: name the configuration at the top of the run file"):
+        _check_names({"deepspeed": "zero2"})
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_activation_checkpointing(name):
+    train = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    _check_names(train)
+    field = activation_checkpointing_field()
+    assert train == {field: True, f"{field}_kwargs": {"use_reentrant": False}}
+
+
+# -- values that TrainingArguments refuses, or should
+
+
+WRONG = {
+    "eval_strategy": "stepz",
+    "lr_scheduler_type": "linearly",
+    "optim": "adamw_tork",
+    "logging_steps": 0,
+    "seed": "x",
+    "max_steps": "many",
+    "num_train_epochs": "three",
+    "learning_rate": "fast",
+    "weight_decay": "some",
+    "max_grad_norm": "x",
+    "warmup_steps": "x",
+    "bf16": "perhaps",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_value_is_one_sentence_that_names_it(tmp_path, name):
+    run = make(train={"output_dir": str(tmp_path), name: WRONG[name]})
+    with pytest.raises(UserError) as error:
+        training_arguments(run, tmp_path, main_metric="accuracy", greater_is_better=True)
+    message = sentence(error)
+    assert message.startswith("train")
+    assert name in message or str(WRONG[name]) in message
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_impossible_learning_rate_is_refused_before_training(tmp_path, value):
+    run = make(train={"output_dir": str(tmp_path), "learning_rate": value})
+    with pytest.raises(UserError, match="learning_rate"):
+        training_arguments(run, tmp_path, main_metric="accuracy", greater_is_better=True)
+
+
+def test_arguments_of_a_small_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    fields = {"output_dir": "elsewhere", STEPS: 2, "seed": 5, "eval_strategy": "no"}
+    args = training_arguments(make(train=fields), tmp_path / "c", main_metric="mcc", greater_is_better=True)
+    assert args.output_dir == str(tmp_path / "c")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 2)
+    assert (args.seed, args.learning_rate) == (5, DEFAULTS["learning_rate"])
+    assert args.metric_for_best_model == "mcc"
+    assert args.load_best_model_at_end is False  # nothing to select on without evaluations
+    assert fields == {"output_dir": "elsewhere", STEPS: 2, "seed": 5, "eval_strategy": "no"}
+
+
+# -- DeepSpeed
+
+
+@pytest.mark.parametrize("optim", sorted(ELEMENTWISE_OPTIMIZERS & {name.value for name in OptimizerNames}))
+@pytest.mark.parametrize("stage", [1, 3])
+def test_elementwise_optimizer_is_accepted(optim, stage):
+    _check_optimizer(optim, {"zero_optimization": {"stage": stage}})
+    _check_optimizer(OptimizerNames(optim), {"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "lomo", "apollo_adamw", "adalomo"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_optimizer_that_needs_whole_matrices_is_refused(optim, name):
+    with pytest.raises(UserError, match=f"train.optim: ZeRO-{name[-1]} cannot shard '{optim}'") as error:
+        _check_optimizer(optim, read_ds_config(name))
+    assert "adamw_torch" in sentence(error)
+    _check_optimizer(optim, {"zero_optimization": {"stage": 0}})
+    _check_optimizer(optim, {})
+
+
+def test_optimizer_is_refused_by_training_arguments(tmp_path):
+    run = make(train={"output_dir": str(tmp_path), "optim": "adafactor"}, deepspeed="zero3")
+    with pytest.raises(UserError, match="ZeRO-3 cannot shard 'adafactor'"):
+        training_arguments(run, tmp_path, main_metric="accuracy", greater_is_better=True)
+
+
+def test_names_of_deepspeed_configurations(tmp_path, monkeypatch):
+    shipped = shipped_ds_configs()
+    assert {"zero1", "zero2", "zero3", "zero3_offload", "zero3_hpz"} <= set(shipped)
+    assert ds_config_path("zero2") == shipped["zero2"]
+    with pytest.raises(UserError, match="deepspeed: unknown configuration 'zero22'; did you mean 'zero2'?"):
+        ds_config_path("zero22")
+    monkeypatch.chdir(tmp_path)
+    for missing in ("mine.json", "configs/mine", "./zero2"):
+        with pytest.raises(UserError, match=f"deepspeed: {missing} does not exist; shipped names are zero1"):
+            ds_config_path(missing)
+    own = tmp_path / "my own.json"
+    own.write_text("{}")
+    assert ds_config_path(str(own)) == own
+    assert ds_config_path("my own.json") == Path("my own.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{'stage': 2}", "cannot be read as JSON"),
+        ("", "cannot be read as JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"zero_optimization": 3}', "zero_optimization"),
+        ('{"zero_optimization": null}', "zero_optimization"),
+    ],
+)
+def test_broken_deepspeed_file(tmp_path, text, message):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="deepspeed: ") as error:
+        _check_optimizer("adamw_torch", read_ds_config(str(path)))
+    assert message in sentence(error)
+    assert str(path) in sentence(error)
+
+
+def test_partition_size_is_the_nodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_ds_config("zero3_hpz")["zero_optimization"]["zero_hpz_partition_size"] == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert read_ds_config("zero3_hpz")["zero_optimization"]["zero_hpz_partition_size"] == 1
+    fixed = tmp_path / "own.json"
+    fixed.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}))
+    assert read_ds_config(str(fixed))["zero_optimization"]["zero_hpz_partition_size"] == 2
