@@ -1,0 +1,112 @@
+"""Trains a tiny model in every cell it is given and writes the logged losses. Started by test_parity.py.
+
+parity_worker.py FOLDER CELLS.json OUT.json      (under torchrun for more than one process)
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+
+from dist_reg import HyPe, Trainer
+from dist_reg.config import ModelConfig, RunConfig
+from dist_reg.model import load_model
+from dist_reg.runtime import is_main, leave, prepare_process, world_size
+from dist_reg.training_args import activation_checkpointing_field, training_arguments
+
+STEPS, BATCH, EXAMPLES = 20, 8, 44
+SIGMA = 0.05
+
+
+def examples(vocabulary: int = 100) -> list[dict]:
+    """Token sequences of different lengths with a label that depends on them."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for index in range(EXAMPLES):
+        length = int(torch.randint(4, 12, (1,), generator=generator))
+        tokens = torch.randint(5, vocabulary, (length,), generator=generator)
+        rows.append(
+            {"input_ids": tokens.tolist(), "label": int(tokens.sum() % 2), "example_id": 1000 + 7 * index}
+        )
+    return rows
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    padded = [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]
+    mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+    return {
+        "input_ids": torch.tensor(padded),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor([row["label"] for row in rows]),
+        "example_ids": torch.tensor([row["example_id"] for row in rows]),
+    }
+
+
+def train(folder: Path, cell: dict) -> list[float]:
+    """The logged loss of every step."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    transformers.integrations.deepspeed.unset_hf_deepspeed_config()
+    adam = cell["optimizer"] == "adamw"
+    fields = {
+        "gradient_accumulation_steps": cell["accumulation"],
+        activation_checkpointing_field(): cell["checkpointing"],
+        "optim": "adamw_torch" if adam else "sgd",
+        "learning_rate": 1e-3 if adam else 0.1,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 11,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        deepspeed = None
+        if cell["stage"] is not None:
+            deepspeed = str(Path(scratch) / "ds.json")
+            Path(deepspeed).write_text(json.dumps(ds_config(cell["stage"])))
+        run = RunConfig(model=ModelConfig(name="-"), batch_size=BATCH, train=fields, deepspeed=deepspeed)
+        args = training_arguments(run, Path(scratch), main_metric="loss", greater_is_better=False)
+        source = ModelConfig(name=str(folder / cell["model"]))
+        model, _ = load_model(source, "AutoModelForSequenceClassification", seed=11, num_labels=2)
+        methods = [HyPe(sigma=SIGMA)] if cell["hype"] else []
+        trainer = Trainer(model, args, methods=methods, train_dataset=examples(), data_collator=collate)
+        for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        trainer.handle.remove()
+    del trainer, model
+    gc.collect()
+    return losses
+
+
+def ds_config(stage: int) -> dict:
+    keys = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "gradient_clipping",
+    )
+    return {**dict.fromkeys(keys, "auto"), "zero_optimization": {"stage": stage}}
+
+
+def main() -> None:
+    folder, cells, out = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    prepare_process(deepspeed=any(cell["stage"] is not None for cell in cells))
+    losses = [train(folder, cell) for cell in cells]
+    if is_main():
+        out.write_text(json.dumps({"world_size": world_size(), "losses": losses}))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

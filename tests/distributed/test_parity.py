@@ -1,0 +1,143 @@
+"""The same run on any topology: equal losses, step by step, against a loop written out by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from dist_reg import HyPe, example_keys, regularize
+from dist_reg.config import ModelConfig
+from dist_reg.model import load_model
+from tests.distributed.launch import ROOT, run
+from tests.distributed.parity_worker import BATCH, EXAMPLES, SIGMA, STEPS, collate, examples
+from tests.tiny import save_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.compat]
+
+WORKER = str(ROOT / "tests" / "distributed" / "parity_worker.py")
+TOLERANCE = {"sgd": 1e-5, "adamw": 5e-4}
+
+
+def cells(processes: int) -> list[dict]:
+    """A covering selection: every pair of values of two settings occurs together at some number of processes."""
+    stages = (None, 0, 1, 2, 3)
+    rotation = itertools.cycle(
+        itertools.product((1, 2), (False, True), ("bert", "llama", "bert-headless"), ("sgd", "adamw"))
+    )
+    skip = {1: 0, 2: 5, 4: 11}[processes]
+    for _ in range(skip):
+        next(rotation)
+    chosen = []
+    for stage in stages:
+        for _ in range(4 if processes < 4 else 2):
+            accumulation, checkpointing, model, optimizer = next(rotation)
+            for _ in range(4):
+                next(rotation)
+            chosen.append(
+                {
+                    "stage": stage,
+                    "accumulation": accumulation,
+                    "checkpointing": checkpointing,
+                    "model": model,
+                    "optimizer": optimizer,
+                    "hype": True,
+                }
+            )
+    chosen.append({**chosen[0], "hype": False})
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    options = {"dropout": 0.0, "seed": 3, "num_labels": 2}
+    save_tiny(root / "bert", "bert", **options)
+    save_tiny(root / "llama", "llama", **options)
+    save_tiny(root / "bert-headless", "bert", head="base", **options)
+    return root
+
+
+def by_hand(folder, cell: dict) -> list[float]:
+    """The losses of a plain loop: one process, whole batches, nothing of the trainer."""
+    if cell["model"] == "bert-headless":
+        source = ModelConfig(name=str(folder / cell["model"]))
+        model, _ = load_model(source, "AutoModelForSequenceClassification", seed=11, num_labels=2)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder / cell["model"], num_labels=2)
+    model.train()
+    if cell["hype"]:
+        regularize(model, [HyPe(sigma=SIGMA)], seed=11)
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (free if "bias" in name or "norm" in name.lower() else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": free, "weight_decay": 0.0}]
+    rate = 1e-3 if cell["optimizer"] == "adamw" else 0.1
+    optimizer = (torch.optim.AdamW if cell["optimizer"] == "adamw" else torch.optim.SGD)(groups, lr=rate)
+    rows, losses = examples(), []
+    steps_per_epoch = -(-EXAMPLES // BATCH)
+    warmup = STEPS // 10
+    for step in range(STEPS):
+        epoch, position = divmod(step, steps_per_epoch)
+        order = torch.randperm(
+            EXAMPLES, generator=torch.Generator().manual_seed(11 * 1_000_003 + epoch)
+        ).tolist()
+        order = (order + order)[position * BATCH : (position + 1) * BATCH]
+        batch = collate([rows[index] for index in order])
+        ids = batch.pop("example_ids")
+        if cell["hype"]:
+            batch["example_keys"] = example_keys(ids, epoch)
+        scale = step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * scale
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    known: dict[tuple, list[float]] = {}
+
+    def of(cell: dict) -> list[float]:
+        key = (cell["model"], cell["optimizer"], cell["hype"])
+        if key not in known:
+            known[key] = by_hand(folder, cell)
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_logged_losses_equal_the_hand_made_loop_in_every_cell(folder, expected, tmp_path, processes):
+    chosen = cells(processes)
+    (tmp_path / "cells.json").write_text(json.dumps(chosen))
+    out = tmp_path / "out.json"
+    done = run([WORKER, str(folder), str(tmp_path / "cells.json"), str(out)], processes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(out.read_text())
+    assert result["world_size"] == processes
+    wrong = []
+    for cell, losses in zip(chosen, result["losses"], strict=True):
+        reference = torch.tensor(expected(cell))
+        assert len(losses) == STEPS
+        error = ((torch.tensor(losses) - reference).abs() / reference.abs()).max().item()
+        if not error <= TOLERANCE[cell["optimizer"]]:
+            wrong.append(
+                f"{cell}: relative error {error:.2e}, first losses {losses[:2]} against {reference[:2]}"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_noise_is_in_the_reference(expected):
+    """The comparison would mean little if the noise did not move the loss."""
+    cell = {"model": "bert", "optimizer": "sgd", "hype": True}
+    with_noise, without = torch.tensor(expected(cell)), torch.tensor(expected({**cell, "hype": False}))
+    assert ((with_noise - without).abs() / without).max() > 1e-3
