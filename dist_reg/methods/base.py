@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from dist_reg.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +61,10 @@ class Host(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of every method's options. Subclasses are frozen keyword-only dataclasses."""
+    """Base of every method's options. Subclasses are frozen keyword-only dataclasses.
+
+    Raises UserError where an option that is a Literal has none of its values.
+    """
 
     name: ClassVar[str]
     """The name in a run file, and the prefix of the method's metrics."""
@@ -67,6 +72,12 @@ class Method:
     """One line for `dist-reg methods`."""
     source: ClassVar[str]
     """The paper."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                value = str(getattr(self, name))
+                raise UserError(f"{self.name}: {name} cannot be {value!r}; {nearest(value, get_args(kind))}")
 
     def attach(self, host: Host) -> None:
         """Ask `host` for every place this method acts on. Raises UserError when there is none."""

@@ -24,7 +24,7 @@ SITE_INPUT, SITE_WITHIN = 0, 1
 
 @dataclass(frozen=True, kw_only=True)
 class HyPe(Method):
-    """Options of HyPe. Raises UserError for a sigma that is negative or not a number."""
+    """Options of HyPe. Raises UserError for an unknown choice, or a sigma that is negative or not a number."""
 
     name: ClassVar[str] = "hype"
     summary: ClassVar[str] = "noise on the hidden states entering every layer"
@@ -45,6 +45,7 @@ class HyPe(Method):
     """off sets hidden dropout to 0 as in the paper and leaves attention dropout; keep leaves both."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.sigma) and self.sigma >= 0):
             raise UserError(
                 f"hype: sigma must be a finite number >= 0, for example 1e-5; it is {self.sigma}."

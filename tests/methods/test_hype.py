@@ -177,3 +177,17 @@ def test_options_are_checked_as_a_run_file_gives_them():
         build_method("hype", {"distribution": "gaussian"})
     with pytest.raises(UserError, match="unknown method 'hipe'; did you mean 'hype'"):
         build_method("hipe", {})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "meant"),
+    [
+        ("site", "inputs", "input"),
+        ("dropout", "of", "off"),
+        ("scale", "relativ", "relative"),
+        ("distribution", "nomal", "normal"),
+    ],
+)
+def test_a_misspelt_choice_is_an_error_from_python_too(option, value, meant):
+    with pytest.raises(UserError, match=f"hype: {option} cannot be '{value}'; did you mean '{meant}'"):
+        HyPe(**{option: value})
