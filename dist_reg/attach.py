@@ -6,9 +6,11 @@ methods' terms, and registers forward hooks on the layers that a method asked fo
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import logging
+import textwrap
 import types
 import warnings
 from collections import defaultdict
@@ -25,6 +27,7 @@ from dist_reg.backbone import (
     hidden_dropouts,
     replace_first_output,
     replace_hidden,
+    sub_blocks,
 )
 from dist_reg.errors import UserError
 from dist_reg.methods.base import Method, Step, Transform
@@ -80,6 +83,8 @@ class Handle:
         self._betweens: dict[int, list[Transform]] = defaultdict(list)
         self._undo: list[Callable[[], None]] = []
         self._step: Step | None = None
+        """The forward that is under way, if one is."""
+        self._last_step: Step | None = None
         self._layer_steps: dict[int, Step | None] = {}
         self._forwards = 0
         self._sums: dict[str, Tensor] = {}
@@ -148,6 +153,24 @@ class Handle:
                 functools.partial(self._between, layer, transforms)
             )
             self._undo.append(hook.remove)
+            for part in sub_blocks(self.backbone.layers[layer]):
+                hook = part.register_forward_pre_hook(
+                    functools.partial(self._enter_part, layer), with_kwargs=True
+                )
+                self._undo.append(hook.remove)
+
+    def _enter_part(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """In a recomputation that does not pass `_enter_layer`, find the forward it belongs to.
+
+        From transformers 5.23 on, activation checkpointing reruns what is inside a layer and not the layer's own hooks,
+        with the very tensor that `_enter_layer` gave the layer.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            return
+        for value in (*args, *kwargs.values()):
+            step = getattr(value, "_dist_reg_step", None)
+            if step is not None:
+                self._layer_steps[layer] = step
 
     def _enter_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if not module.training:
@@ -165,7 +188,9 @@ class Handle:
             )
         for transform in self._inputs.get(layer, ()):
             hidden_states = transform(hidden_states, step)
-        return replace_hidden(args, kwargs, hidden_states)
+        entering: Any = hidden_states
+        entering._dist_reg_step = step
+        return replace_hidden(args, kwargs, entering)
 
     def _between(
         self, layer: int, transforms: list[Transform], module: nn.Module, args: tuple, output: Any
@@ -185,7 +210,7 @@ class Handle:
         have begun. Checkpointing hands the very same input tensor back, so the tensor remembers its forward.
         """
         if torch._C._current_graph_task_id() != -1:
-            return getattr(hidden_states, "_dist_reg_step", self._step)
+            return getattr(hidden_states, "_dist_reg_step", self._last_step)
         if self._step is None:
             warnings.warn(
                 f"{type(self.backbone.base).__name__} was called without going through "
@@ -211,7 +236,10 @@ class Handle:
             if handle is None or not module.training:
                 return call(*args, **kwargs)
             step = handle._begin(args, kwargs, example_keys)
-            outputs = handle._add_terms(call(*args, **kwargs), step)
+            try:
+                outputs = handle._add_terms(call(*args, **kwargs), step)
+            finally:
+                handle._step = None
             handle._forwards += 1
             return outputs
 
@@ -237,13 +265,13 @@ class Handle:
     def _declare_loss_scaling(self) -> None:
         """Tell Transformers' Trainer which losses are plain means over the micro-batch.
 
-        It takes every forward with **kwargs for one that divides by `num_items_in_batch`; all but causal language
-        models ignore that argument, and their loss would be multiplied by world size and accumulation steps.
+        It takes every forward with **kwargs for one that divides by `num_items_in_batch`. A loss that ignores that
+        argument, as most classifiers' do, would be multiplied by world size and accumulation steps.
         """
         base: Any = self.model
         if hasattr(base, "get_base_model"):
             base = base.get_base_model()
-        if getattr(base, "loss_type", None) == "ForCausalLM" or "accepts_loss_kwargs" in vars(base):
+        if "accepts_loss_kwargs" in vars(base) or _hands_arguments_to_its_loss(base):
             return
         base.accepts_loss_kwargs = False
         self._undo.append(functools.partial(delattr, base, "accepts_loss_kwargs"))
@@ -264,7 +292,7 @@ class Handle:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             spans = token_spans(mask, batch, length, tokens.device)
         measure = self._forwards % MEASURE_EVERY == 0 if self.measure is None else self.measure
-        self._step = Step(self.seed, example_keys, length, spans, measure)
+        self._step = self._last_step = Step(self.seed, example_keys, length, spans, measure)
         return self._step
 
     def _add_terms(self, outputs: Any, step: Step) -> Any:
@@ -307,6 +335,21 @@ class Handle:
             if text and method.name not in self._warned:
                 self._warned.add(method.name)
                 logger.warning(text)
+
+
+def _hands_arguments_to_its_loss(model: nn.Module) -> bool:
+    """Whether the model's forward calls `self.loss_function(..., **kwargs)`, and `num_items_in_batch` gets there."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(
+        isinstance(call.func, ast.Attribute)
+        and call.func.attr == "loss_function"
+        and any(keyword.arg is None for keyword in call.keywords)
+        for call in calls
+    )
 
 
 def _parameters(model: Any) -> list[str]:

@@ -173,6 +173,11 @@ def replace_first_output(output: Any, new: Tensor) -> Any:
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 
+def sub_blocks(layer: nn.Module) -> list[nn.Module]:
+    """The modules that a layer calls itself, in order."""
+    return [part for _, part in _parts(layer)]
+
+
 def _find_layers(model: nn.Module) -> str:
     lists = _lists(model)
     found = [path for path, blocks in lists.items() if _are_layers(blocks)]
