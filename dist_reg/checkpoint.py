@@ -60,9 +60,12 @@ def processes(checkpoint: Path) -> int:
 
 
 def remove_broken(folder: Path) -> None:
-    """Delete checkpoints in `folder` that are not whole: nothing can resume from them, and rotation counts them."""
+    """Delete sealed checkpoints in `folder` that are damaged: nothing can resume from them, and rotation counts them.
+
+    A checkpoint without a manifest is not of our making and is left alone.
+    """
     for path in checkpoints(folder):
-        if damage(path) is not None:
+        if (path / MANIFEST).is_file() and damage(path) is not None:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -74,10 +77,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; a broken newer one is named in a warning and passed over."""
+def newest_whole(folder: Path, *, with_best: bool = False) -> Path | None:
+    """The newest whole checkpoint in `folder`; a broken newer one is named in a warning and passed over.
+
+    With `with_best` the best checkpoint that it refers to must be whole too, for a run that ends by loading that one.
+    """
     for path in reversed(checkpoints(folder)):
         broken = damage(path)
+        if broken is None and with_best:
+            broken = _damage_of_best(path)
         if broken is None:
             return path
         logger.warning("checkpoint %s is not whole (%s); falling back to the one before it.", path, broken)
@@ -87,6 +95,15 @@ def newest_whole(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step after which a checkpoint folder was written."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _damage_of_best(checkpoint: Path) -> str | None:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if not state.get("best_model_checkpoint"):
+        return None
+    best = checkpoint.parent / Path(state["best_model_checkpoint"]).name
+    broken = damage(best)
+    return broken and f"its best one, {best.name}, is damaged: {broken}"
 
 
 _STEP = re.compile(r"checkpoint-(\d+)")

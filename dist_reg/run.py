@@ -40,9 +40,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     folder.check(run)
     done = folder.results()
     if done is not None:
-        say(f"{folder.path} holds this run, finished; its results:")
-        say_scores(done["metrics"])
-        return done
+        return report_finished(folder, done)
     task = load_task(run.task, run.data)
     args = training_arguments(
         run, folder.checkpoints, main_metric=task.main_metric, greater_is_better=task.greater_is_better
@@ -52,11 +50,21 @@ def train(run: RunConfig) -> dict[str, Any]:
     check_fit(run, task, model, args)
     task = task.tokenize(tokenizer, run.data.max_length)
     trainer = build_trainer(run, task, model, tokenizer, args, folder)
-    resume = resumable(run, folder)
     trainer.accelerator.wait_for_everyone()
     with folder.begin(run) if is_main() else contextlib.nullcontext():
         trainer.accelerator.wait_for_everyone()
-        return train_in(folder, run, task, trainer, resume)
+        # Only now is no other process at work in this folder.
+        done = folder.results()
+        if done is not None:
+            return report_finished(folder, done)
+        return train_in(folder, run, task, trainer, resumable(run, folder, args))
+
+
+def report_finished(folder: RunDirectory, results: dict[str, Any]) -> dict[str, Any]:
+    """Print the results of a run that was finished before, and return them."""
+    say(f"{folder.path} holds this run, finished; its results:")
+    say_scores(results["metrics"])
+    return results
 
 
 def train_in(
@@ -68,7 +76,7 @@ def train_in(
     if resume is not None:
         say(f"resuming from {resume}")
     start = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step - (checkpoint.step_of(resume) if resume else 0)
     trainer.remove_callback(transformers.EarlyStoppingCallback)
@@ -92,7 +100,6 @@ def train_in(
             "resumed": resume is not None,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
-        "train_loss": outcome.training_loss,
         "terms": last_terms(trainer.state.log_history),
         "topology": {
             "processes": world_size(),
@@ -165,9 +172,9 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
         )
 
 
-def resumable(run: RunConfig, folder: RunDirectory) -> Path | None:
+def resumable(run: RunConfig, folder: RunDirectory, args: transformers.TrainingArguments) -> Path | None:
     """The checkpoint to resume from, if any. Raises UserError when ZeRO cannot load it on this many processes."""
-    resume = checkpoint.newest_whole(folder.checkpoints)
+    resume = checkpoint.newest_whole(folder.checkpoints, with_best=args.load_best_model_at_end)
     if resume is not None and run.deepspeed is not None and checkpoint.processes(resume) != world_size():
         raise UserError(
             f"{resume} was written by {checkpoint.processes(resume)} processes and this run has {world_size()}; "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 from dist_reg.config import RunConfig, read_yaml, write_yaml
 from dist_reg.errors import UserError, reason
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.yaml"
 RESULTS = "results.json"
@@ -79,6 +82,11 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"train.output_dir: another process is training in {self.path}.") from None
+            except OSError as error:  # some network file systems are mounted without locks
+                logger.warning(
+                    "%s cannot be locked (%s); start this run only once.", self.path, reason(error)
+                )
+            self.check(run)
             self._write_run_file(run)
             yield
             (self.path / LOCK).unlink(missing_ok=True)

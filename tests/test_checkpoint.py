@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_reg.checkpoint import MANIFEST, PARTIAL, checkpoints, damage, newest_whole, publish
+from dist_reg.checkpoint import MANIFEST, PARTIAL, checkpoints, damage, newest_whole, publish, remove_broken
 
 CONTENT = {"model.safetensors": b"w" * 1000, "trainer_state.json": b"{}", "deep/rank 0/optimizer.pt": b"o" * 77, "empty": b""}  # fmt: skip
 
@@ -168,3 +168,27 @@ def test_failed_publish_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatc
         publish(partial, tmp_path / "checkpoint-2")
     assert checkpoints(tmp_path) == [older]
     assert damage(older) is None
+
+
+def test_only_damaged_checkpoints_of_ours_are_removed(tmp_path):
+    whole, broken = seal(tmp_path, 1), seal(tmp_path, 2)
+    truncate(broken)
+    foreign = fill(tmp_path / "checkpoint-3")
+    remove_broken(tmp_path)
+    assert checkpoints(tmp_path) == [whole, foreign]
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over(tmp_path, caplog):
+    def seal_with_best(step, best):
+        partial = fill(tmp_path / PARTIAL / f"checkpoint-{step}")
+        state = {"best_model_checkpoint": best and f"elsewhere/checkpoint-{best}"}
+        (partial / "trainer_state.json").write_text(json.dumps(state))
+        publish(partial, tmp_path / f"checkpoint-{step}")
+        return tmp_path / f"checkpoint-{step}"
+
+    first, second, third = seal_with_best(1, None), seal_with_best(2, 2), seal_with_best(3, 2)
+    assert newest_whole(tmp_path, with_best=True) == third
+    truncate(second)
+    assert newest_whole(tmp_path) == third
+    assert newest_whole(tmp_path, with_best=True) == first
+    assert "its best one, checkpoint-2, is damaged" in caplog.text

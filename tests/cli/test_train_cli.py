@@ -385,6 +385,21 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(first, finished, capl
     assert same(weights(newest.parent), weights(original / "out" / "checkpoints" / "checkpoint-6"))
 
 
+def test_damaged_best_checkpoint_is_not_passed_off_as_the_best(first, finished, caplog):
+    """The newest is whole, the best one it would export at the end is not: back to where that one was written."""
+    unfinish(finished, keep=(2, 4, 6))
+    folder = finished / "out" / "checkpoints"
+    state = folder / "checkpoint-6" / "trainer_state.json"
+    best = Path(json.loads(state.read_text())["best_model_checkpoint"]).name
+    spoilt = folder / best / "model.safetensors"
+    os.truncate(spoilt, spoilt.stat().st_size // 2)
+    called = call("train", "run.yaml", cwd=finished)
+    assert called.code == 0, called.err
+    assert best in caplog.text + called.err
+    assert results(finished)["metrics"] == results(first[0])["metrics"]
+    assert same(weights(finished / "out" / "model"), weights(first[0] / "out" / "model"))
+
+
 def test_run_without_a_whole_checkpoint_starts_anew(first, finished, caplog):
     unfinish(finished, keep=(2,))
     (finished / "out" / "checkpoints" / "checkpoint-2" / "manifest.json").unlink()
