@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
+SAMPLING_STRATEGIES = ("random", "sequential")
+"""Orders of examples that `EpochSampler` makes; the others depend on the topology."""
 
 
 class EpochSampler(Sampler[int]):
@@ -56,6 +58,12 @@ class EpochSampler(Sampler[int]):
         return iter(order.repeat(-(-len(self) // self.examples))[: len(self)].tolist())
 
 
+def _pop_ids(inputs: dict[str, Any]) -> Any:
+    """Take the example ids out of a batch: ours under ID_BATCH, a default collator's under the column's name."""
+    found = [inputs.pop(name) for name in (ID_BATCH, ID_COLUMN) if name in inputs]
+    return found[0] if found else None
+
+
 class _EpochCallback(transformers.TrainerCallback):
     """Tells the sampler, and through it the noise, which epoch begins."""
 
@@ -86,7 +94,12 @@ class Trainer(transformers.Trainer):
         self.handle = regularize(model, methods, seed=args.seed, layers_path=layers_path)
         self._sampler: EpochSampler | None = None
         self._partial: Path | None = None
-        super().__init__(model=model, args=args, **kwargs)
+        self._ids_missed = False
+        try:
+            super().__init__(model=model, args=args, **kwargs)
+        except BaseException:
+            self.handle.remove()
+            raise
         self.add_callback(_EpochCallback(self))
 
     # -- data
@@ -99,7 +112,12 @@ class Trainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = getattr(self.args, "train_sampling_strategy", "random")
-        if not hasattr(dataset, "__len__") or strategy not in ("random", "sequential"):
+        if not hasattr(dataset, "__len__") or strategy not in SAMPLING_STRATEGIES:
+            logger.warning(
+                "the order of examples is not this trainer's, so it may depend on the number of processes; a data set "
+                "with a length and train_sampling_strategy %s have one that does not.",
+                " or ".join(SAMPLING_STRATEGIES),
+            )
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._sampler = EpochSampler(len(dataset), self._global_batch, seed, shuffle=strategy == "random")
@@ -132,10 +150,18 @@ class Trainer(transformers.Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ids = inputs.pop(ID_BATCH, None)
+        ids = _pop_ids(inputs)
         if ids is not None and model.training:
             epoch = self._sampler.epoch if self._sampler is not None else int(self.state.epoch or 0)
             inputs["example_keys"] = example_keys(ids, epoch)
+        elif ids is None and self.handle.methods and not self._ids_missed:
+            self._ids_missed = True
+            logger.warning(
+                "the batches hold no %s, so noise follows torch's generator and not the example: the run depends on "
+                "the number of processes; give the data set a column %s of integers.",
+                ID_BATCH,
+                ID_COLUMN,
+            )
         step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
         self.handle.measure = step == 0 or (step + 1) % every == 0
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -147,7 +173,7 @@ class Trainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        inputs.pop(ID_BATCH, None)
+        _pop_ids(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

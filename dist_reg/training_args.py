@@ -18,6 +18,7 @@ import transformers
 
 from dist_reg.config import RunConfig
 from dist_reg.errors import UserError, nearest
+from dist_reg.trainer import SAMPLING_STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
 
 RENAMED = {
     "warmup_ratio": "warmup_steps (a fraction below 1 is a ratio)",
-    "group_by_length": "train_sampling_strategy: group_by_length",
+    "group_by_length": "nothing: the order of examples must not depend on their lengths and so on the topology",
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "overwrite_output_dir": "train.output_dir with another folder",
@@ -49,12 +50,13 @@ RENAMED = {
 }
 
 WITHOUT_EFFECT = {
+    "dataloader_drop_last": "every epoch is filled up to whole batches and nothing is dropped",
     "do_train": "dist-reg train trains",
     "do_eval": "train.eval_strategy says when to evaluate",
     "do_predict": "dist-reg eval evaluates a finished model",
     "resume_from_checkpoint": "a run resumes from its newest whole checkpoint by itself",
 }
-"""Fields that Transformers leaves to its example scripts."""
+"""Fields that change nothing here: Transformers leaves them to its example scripts, or the run decides itself."""
 
 ELEMENTWISE_OPTIMIZERS = {
     "adamw_torch",
@@ -226,6 +228,17 @@ def _check_values(train: dict[str, Any]) -> None:
     if train.get("auto_find_batch_size"):
         raise UserError(
             "train.auto_find_batch_size would change batch_size and with it the run; leave it out."
+        )
+    if train.get("save_only_model"):
+        raise UserError(
+            "train.save_only_model would leave a killed run nothing to resume from; leave it out, the exported model "
+            "holds weights alone."
+        )
+    strategy = train.get("train_sampling_strategy", "random")
+    if strategy not in SAMPLING_STRATEGIES:
+        raise UserError(
+            f"train.train_sampling_strategy cannot be {strategy!r}: its order depends on the number of processes and is "
+            f"not replayed by a resume; use {' or '.join(SAMPLING_STRATEGIES)}."
         )
     if not 0 <= train.get("seed", 0) < 2**32:
         raise UserError(f"train.seed must be from 0 to 2**32 - 1; it is {train['seed']}.")

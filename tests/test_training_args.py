@@ -263,3 +263,24 @@ def test_partition_size_is_the_nodes(tmp_path, monkeypatch):
     fixed = tmp_path / "own.json"
     fixed.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}))
     assert read_ds_config(str(fixed))["zero_optimization"]["zero_hpz_partition_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "text"),
+    [
+        ({"save_only_model": True}, "train.save_only_model would leave a killed run nothing to resume from"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train.train_sampling_strategy cannot be 'group_by_length'",
+        ),
+        (
+            {"dataloader_drop_last": True},
+            "train.dataloader_drop_last has no effect: every epoch is filled up",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_fields_that_would_break_resume_or_do_nothing_are_refused(tmp_path, train, text):
+    with pytest.raises(UserError) as error:
+        training_arguments(make(train=train), tmp_path, main_metric="loss", greater_is_better=False)
+    assert text in sentence(error)

@@ -1,0 +1,98 @@
+"""`dist_reg.Trainer` where it is not `dist-reg train` that drives it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pytest
+import torch
+import transformers
+from transformers import default_data_collator
+
+from dist_reg import HyPe, Trainer
+from tests.models import batch, build
+
+
+def arguments(folder, **fields):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **fields})
+
+
+def rows(ids: bool = True) -> list[dict]:
+    inputs = batch("bert", batch_size=8)
+    found = [{name: values[i].tolist() for name, values in inputs.items()} for i in range(8)]
+    return [{**row, "example_id": 10 + i} if ids else row for i, row in enumerate(found)]
+
+
+def losses(trainer) -> list[float]:
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def draw(count: int, *_) -> None:
+    torch.rand(count)
+
+
+def test_the_column_of_ids_keys_the_noise_whatever_collates_the_batch(tmp_path, caplog):
+    """The same batches whatever the generator has drawn before: noise that followed it would differ."""
+    found = []
+    for draws in (0, 5):
+        model = build("bert", dropout=0.0)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path),
+            methods=[HyPe(sigma=0.3)],
+            train_dataset=rows(),
+            data_collator=default_data_collator,
+        )
+        model.register_forward_pre_hook(functools.partial(draw, draws))
+        found.append(losses(trainer))
+    assert found[0] == found[1]
+    assert "example_ids" not in caplog.text
+
+
+def test_batches_without_ids_are_warned_about_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "dist_reg.trainer"):
+        losses(Trainer(build("bert"), arguments(tmp_path), methods=[HyPe()], train_dataset=rows(ids=False)))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the batches hold no example_ids" in caplog.text
+
+
+def test_plain_training_without_ids_is_not_warned_about(tmp_path, caplog):
+    losses(Trainer(build("bert"), arguments(tmp_path), train_dataset=rows(ids=False)))
+    assert not caplog.records
+
+
+def test_a_trainer_that_cannot_be_built_leaves_the_model_alone(tmp_path):
+    model = build("bert")
+    with pytest.raises(ValueError, match="eval_dataset"):
+        Trainer(model, arguments(tmp_path, eval_strategy="steps"), methods=[HyPe()], train_dataset=rows())
+    assert "forward" not in vars(model)
+    assert len(losses(Trainer(model, arguments(tmp_path), methods=[HyPe()], train_dataset=rows()))) == 2
+
+
+def test_checkpoints_of_another_trainer_are_left_alone(tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    plain = transformers.Trainer(build("bert"), arguments(tmp_path, **fields), train_dataset=rows(ids=False))
+    plain.train()
+    ours = Trainer(
+        build("bert"), arguments(tmp_path, max_steps=4, **fields), methods=[HyPe()], train_dataset=rows()
+    )
+    ours.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+
+
+def test_an_order_that_is_not_ours_is_warned_about(tmp_path, caplog):
+    fields = {"train_sampling_strategy": "group_by_length"}
+    losses(Trainer(build("bert"), arguments(tmp_path, **fields), train_dataset=rows()))
+    assert "may depend on the number of processes" in caplog.text
