@@ -61,13 +61,14 @@ def main() -> None:
 
 def build(capability: int, dtype: str, distribution: int, relative: bool) -> dict:
     import triton
-    from dist_reg_kernels import perturb
+    from dist_reg_kernels import perturb, rows
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    blocks, warps = perturb.block_and_warps(CHANNELS)
+    blocks, warps = rows.block_and_warps(CHANNELS)
     constants = {
         "stride_channel": 1,
+        "FORK": False,
         "DISTRIBUTION": distribution,
         "RELATIVE": relative,
         "HAS_SPANS": True,
