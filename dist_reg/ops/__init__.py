@@ -8,6 +8,8 @@ Every operation raises a ValueError that names the argument for a wrong shape, d
 
 from dist_reg.ops.backend import BACKENDS
 from dist_reg.ops.checks import DISTRIBUTIONS, SCALES
+from dist_reg.ops.fork import fork
 from dist_reg.ops.perturb import perturb
+from dist_reg.ops.stability import perturb_stability, stability
 
-__all__ = ["BACKENDS", "DISTRIBUTIONS", "SCALES", "perturb"]
+__all__ = ["BACKENDS", "DISTRIBUTIONS", "SCALES", "fork", "perturb", "perturb_stability", "stability"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_reg_kernels.perturb import launch, perturb_torch, triton
 
-__all__ = ["fork_backward", "fork_torch", "fork_triton", "triton"]
+__all__ = ["fork_torch", "fork_triton", "triton"]
 
 
 def fork_torch(
@@ -44,9 +44,3 @@ def fork_triton(
 ) -> Tensor:
     """Launch perturb.py's kernel with both halves to write."""
     return launch(hidden, keys, spans, seed, site, sigma, distribution, relative, fork=True)
-
-
-def fork_backward(gradient: Tensor) -> Tensor:
-    """The gradient [B, T, D] of the stream that was forked, from that of the twin [2B, T, D]; one pass of torch's own."""
-    clean, noisy = gradient.chunk(2)
-    return clean + noisy

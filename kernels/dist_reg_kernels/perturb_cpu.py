@@ -16,9 +16,16 @@ from torch import Tensor
 
 from dist_reg_kernels import philox
 from dist_reg_kernels.philox_cpu import bits, normal, uniform, uniform_released
-from dist_reg_kernels.rows_cpu import as_rows, compiled, fma, for_rows, root_mean_square, store, wide
-
-NO_SPANS = np.empty((0, 2), np.int32)
+from dist_reg_kernels.rows_cpu import (
+    as_rows,
+    compiled,
+    fma,
+    for_rows,
+    root_mean_square,
+    span_array,
+    store,
+    wide,
+)
 
 
 @numba.njit(inline="always")
@@ -89,7 +96,7 @@ def noise_arguments(
     seed_low, seed_high = philox.split_words(seed)
     return (
         keys.contiguous().numpy(),
-        NO_SPANS if spans is None else spans.contiguous().numpy(),
+        span_array(spans),
         tokens,
         np.uint32(seed_low),
         np.uint32(seed_high),

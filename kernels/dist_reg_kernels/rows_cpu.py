@@ -24,6 +24,8 @@ from torch import Tensor
 # Below this many elements a thread costs more to wake than it saves.
 ELEMENTS_PER_THREAD = 1 << 15
 
+NO_SPANS = np.empty((0, 2), np.int32)
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile on first call, cached on disk beside the source or in the user's cache, where one is writable."""
@@ -99,6 +101,15 @@ def root_mean_square(row, zero):
     return sqrt(total / (zero + row.size))
 
 
+@numba.njit(forceinline=True)
+def is_real(row, spans, tokens):
+    """Whether row number `row` of a batch lies in its example's span; without spans every one does."""
+    if spans.shape[0] == 0:
+        return True
+    example, token = row // tokens, row % tokens
+    return spans[example, 0] <= token < spans[example, 1]
+
+
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="dist-reg")
@@ -126,3 +137,8 @@ def as_rows(tensor: Tensor) -> np.ndarray:
     """A tensor [..., C] as a NumPy array [rows, C], copied only where it is not contiguous; bf16 as uint16."""
     flat = tensor.detach().contiguous().view(-1, tensor.shape[-1])
     return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def span_array(spans: Tensor | None) -> np.ndarray:
+    """`spans` as the compiled loops take them."""
+    return NO_SPANS if spans is None else spans.contiguous().numpy()

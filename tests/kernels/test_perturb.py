@@ -186,12 +186,10 @@ def test_the_block_size_does_not_change_the_result(backend, monkeypatch, relativ
         assert torch.equal(parts, whole)
 
 
-def test_every_element_is_written(backend, monkeypatch):
-    """The output starts as NaN here, so an element left out shows."""
+@pytest.mark.usefixtures("poisoned")
+def test_every_element_is_written(backend):
     hidden, keys = batch((2, 3, 63), device=backend.device)
     spans = torch.tensor([[0, 3], [1, 2]], device=backend.device)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     assert not backend.run(hidden, keys, spans, *options()).isnan().any()
 
 
