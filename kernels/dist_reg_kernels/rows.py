@@ -90,8 +90,11 @@ def row_scale(row_ptr, stride_channel, channels, sigma, RELATIVE: tl.constexpr, 
 
 @lru_cache
 def block_and_warps(channels: int) -> tuple[int, int]:
-    """Channel blocks (of four) that one program handles at a time, and its warps: two blocks a thread."""
-    blocks = min(max(triton.next_power_of_2(-(-channels // 4)), 16), 1024)
+    """Channel blocks (of four) that one program handles at a time, and its warps: two blocks a thread.
+
+    With four a thread the kernels took up to 128 registers on sm_90, and stability's backward spilled.
+    """
+    blocks = min(max(triton.next_power_of_2(-(-channels // 4)), 16), 512)
     return blocks, min(max(blocks // 64, 1), 8)
 
 
