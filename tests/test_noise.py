@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_reg import noise
+from dist_reg import noise, ops
 
 
 def splitmix64(value: int) -> int:
@@ -95,3 +95,56 @@ def test_site_ids_are_distinct_and_fit():
 def test_a_site_part_that_does_not_fit_is_named(parts, name):
     with pytest.raises(ValueError, match=f"{name} must be from 0 to"):
         noise.site_id(*parts)
+
+
+# Mean, and the second, fourth, sixth and eighth central moment; the odd ones are 0.
+MOMENTS = {
+    "normal": (0, 1, 3, 15, 105),
+    "uniform": (0, 1 / 3, 1 / 5, 1 / 7, 1 / 9),
+    "uniform_released": (1 / 2, 1 / 12, 1 / 80, 1 / 448, 1 / 2304),
+}
+
+
+@pytest.mark.parametrize("distribution", ops.DISTRIBUTIONS)
+def test_statistics_of_the_noise_that_a_model_takes(distribution):
+    """On the default path, with hashed keys and real sites: within five standard errors of independent draws."""
+    examples, tokens, channels = 16, 64, 256
+
+    def draw(epoch: int = 0, layer: int = 3) -> torch.Tensor:
+        drawn = ops.perturb(
+            torch.zeros(examples, tokens, channels),
+            sigma=1.0,
+            seed=0,
+            example_keys=noise.example_keys(torch.arange(examples), epoch),
+            site=noise.site_id(1, 0, layer),
+            distribution=distribution,
+        )
+        return drawn.double() - mean
+
+    mean, m2, m4, m6, m8 = MOMENTS[distribution]
+    x = draw()
+    root_count = x.numel() ** 0.5
+    assert abs(x.mean()) < 5 * m2**0.5 / root_count
+    assert abs(x.square().mean() - m2) < 5 * (m4 - m2**2) ** 0.5 / root_count
+    assert abs(x.pow(3).mean()) < 5 * m6**0.5 / root_count
+
+    # The kurtosis by the delta method; 24 / count for the normal.
+    kurtosis = m4 / m2**2
+    variance = m8 / m2**4 - kurtosis**2 - 4 * kurtosis * (m6 / m2**3 - kurtosis)
+    variance += 4 * kurtosis**2 * (kurtosis - 1)
+    assert abs(x.pow(4).mean() / x.square().mean() ** 2 - kurtosis) < 5 * variance**0.5 / root_count
+
+    neighbours = {
+        **{f"channels, {lag} apart": (x[..., lag:], x[..., :-lag]) for lag in (1, 2, 3, 4, 8)},
+        "tokens": (x[:, 1:], x[:, :-1]),
+        "the end of a token and the beginning of the next": (x[:, 1:, :4], x[:, :-1, -4:]),
+        "examples": (x[1:], x[:-1]),
+        "layers": (x, draw(layer=4)),
+        "epochs": (x, draw(epoch=1)),
+    }
+    for name, (left, right) in neighbours.items():
+        root_pairs = left.numel() ** 0.5
+        assert abs((left * right).mean()) < 5 * m2 / root_pairs, name
+        # Sizes too: uncorrelated signs would hide a radius that two normals share.
+        sizes = (left.square() - m2) * (right.square() - m2)
+        assert abs(sizes.mean()) < 5 * (m4 - m2**2) / root_pairs, name

@@ -21,7 +21,7 @@ COMMANDS = {
     "methods": "List the methods, or one method's options.",
     "doctor": "Say what this machine can do and what to install.",
     "demo": "Compare HyPe with plain fine-tuning on a small task, in minutes.",
-    "bench": "Measure what a method costs.",
+    "bench": "Measure what a method and its kernels cost.",
 }
 
 

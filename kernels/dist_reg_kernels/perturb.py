@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dist_reg_kernels.philox import DISTRIBUTIONS, inside_spans, noise_reference, triton_noise
+from dist_reg_kernels import rows
+from dist_reg_kernels.philox import DISTRIBUTIONS, inside_spans, noise_reference
+from dist_reg_kernels.rows import row_load, row_noise, row_place, row_scale, row_store
 
 try:
     import triton
@@ -58,10 +59,6 @@ def perturb_torch(
     return torch.where(inside_spans(spans, tokens)[..., None], out, hidden).contiguous()
 
 
-def _add(x, y):
-    return x + y
-
-
 def _perturb_kernel(
     hidden_ptr,
     out_ptr,
@@ -76,73 +73,40 @@ def _perturb_kernel(
     seed_high,
     site,
     sigma,
+    FORK: tl.constexpr,
     DISTRIBUTION: tl.constexpr,
     RELATIVE: tl.constexpr,
     HAS_SPANS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    example = row // tokens
-    token = (row % tokens).to(tl.int32)
+    example, token, token_in_example, real = row_place(row, tokens, spans_ptr, HAS_SPANS)
     hidden_row = hidden_ptr + example * stride_batch + token.to(tl.int64) * stride_token
-    out_row = out_ptr + row * channels
+    clean_row = out_ptr + row * channels
+    out_row = clean_row
+    if FORK:
+        out_row = clean_row + tl.num_programs(0).to(tl.int64) * channels
 
-    inside = token >= 0
-    if HAS_SPANS:
-        first = tl.load(spans_ptr + 2 * example).to(tl.int32)
-        end = tl.load(spans_ptr + 2 * example + 1).to(tl.int32)
-        inside = (token >= first) & (token < end)
-        token -= first
-
-    lane = tl.arange(0, 4 * BLOCKS)
-    scale = sigma
-    if RELATIVE:
-        squares = tl.full((4 * BLOCKS,), 0.0, tl.float32)
-        for start in range(0, channels, 4 * BLOCKS):
-            channel = start + lane
-            x = tl.load(
-                hidden_row + channel.to(tl.int64) * stride_channel, mask=channel < channels, other=0.0
-            ).to(tl.float32)
-            squares += x * x
-        scale = sigma * tl.sqrt_rn(tl.reduce(squares, 0, _add) / channels)
-
+    scale = row_scale(hidden_row, stride_channel, channels, sigma, RELATIVE, BLOCKS)
     key = tl.load(keys_ptr + example)
-    key_low = key.to(tl.uint32)
-    key_high = (key >> 32).to(tl.uint32)
-    first_block = token * ((channels + 3) // 4)
     for start in range(0, channels, 4 * BLOCKS):
-        channel = start + lane
-        mask = channel < channels
-        x = tl.load(hidden_row + channel.to(tl.int64) * stride_channel, mask=mask, other=0.0).to(tl.float32)
-        if inside:
-            block = (first_block + start // 4 + tl.arange(0, BLOCKS)).to(tl.uint32)
-            noise = triton_noise(
-                block,
-                key_low,
-                key_high,
-                site.to(tl.uint32),
-                seed_low.to(tl.uint32),
-                seed_high.to(tl.uint32),
-                DISTRIBUTION,
+        x = row_load(hidden_row, start, stride_channel, channels, BLOCKS)
+        if FORK:
+            row_store(clean_row, start, channels, x, BLOCKS)
+        if real:
+            noise = row_noise(
+                start, token_in_example, channels, key, site, seed_low, seed_high, DISTRIBUTION, BLOCKS
             )
             x = tl.fma(noise, scale, x)
-        tl.store(out_row + channel, x.to(out_ptr.dtype.element_ty), mask=mask)
+        row_store(out_row, start, channels, x, BLOCKS)
 
 
 if triton is not None:
-    _add = triton.jit(_add)
     # A new seed, site or layer must never compile again.
     _perturb_kernel = triton.jit(
         _perturb_kernel,
         do_not_specialize=["seed_low", "seed_high", "site", "tokens"],
     )
-
-
-@lru_cache
-def block_and_warps(channels: int) -> tuple[int, int]:
-    """Channel blocks (of four) that one program handles at a time, and its warps: two blocks a thread."""
-    blocks = min(max(triton.next_power_of_2(-(-channels // 4)), 16), 1024)
-    return blocks, min(max(blocks // 64, 1), 8)
 
 
 def perturb_triton(
@@ -155,12 +119,29 @@ def perturb_triton(
     distribution: str,
     relative: bool,
 ) -> Tensor:
-    """Launch the kernel: one program per token. fp32, bf16 and fp16 on a GPU, or on a CPU in the interpreter."""
+    """Launch the kernel: one program a token. fp32, bf16 and fp16 on a GPU, or on a CPU in the interpreter."""
+    return launch(hidden, keys, spans, seed, site, sigma, distribution, relative, fork=False)
+
+
+def launch(
+    hidden: Tensor,
+    keys: Tensor,
+    spans: Tensor | None,
+    seed: int,
+    site: int,
+    sigma: float,
+    distribution: str,
+    relative: bool,
+    *,
+    fork: bool,
+) -> Tensor:
+    """The perturbed rows, behind a copy of the clean ones when `fork`."""
     batch, tokens, channels = hidden.shape
-    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    shape = (2 * batch if fork else batch, tokens, channels)
+    out = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
     if out.numel() == 0:
         return out
-    blocks, warps = block_and_warps(channels)
+    blocks, warps = rows.block_and_warps(channels)
     with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
         _perturb_kernel[(batch * tokens,)](
             hidden,
@@ -170,10 +151,11 @@ def perturb_triton(
             *hidden.stride(),
             tokens,
             channels,
-            _int32(seed),
-            _int32(seed >> 32),
-            _int32(site),
+            rows.int32(seed),
+            rows.int32(seed >> 32),
+            rows.int32(site),
             sigma,
+            FORK=fork,
             DISTRIBUTION=DISTRIBUTIONS.index(distribution),
             RELATIVE=relative,
             HAS_SPANS=spans is not None,
@@ -182,8 +164,3 @@ def perturb_triton(
             enable_fp_fusion=False,  # the fused ones are written out; Triton's default is about to change
         )
     return out
-
-
-def _int32(word: int) -> int:
-    """The low 32 bits as a signed integer: one argument type for every seed, so one compiled kernel."""
-    return ((word + 2**31) & 0xFFFFFFFF) - 2**31

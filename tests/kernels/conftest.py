@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,11 +23,20 @@ needs_interpreter = pytest.mark.skipif(
 
 
 class Backend(NamedTuple):
-    """One implementation of `perturb` and the device of its tensors."""
+    """One fast path of every operation, and the device of its tensors."""
 
     name: str
-    run: Callable[..., Tensor]
     device: str
+
+    def operation(self, family: str, name: str | None = None) -> Callable[..., Any]:
+        """The operation `name` (the family's own, if not given) of a kernel file."""
+        file = f"{family}_cpu" if self.name == "cpu" else family
+        return getattr(import_module(f"dist_reg_kernels.{file}"), f"{name or family}_{self.name}")
+
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        """`perturb`."""
+        return self.operation("perturb")
 
 
 @pytest.fixture(
@@ -39,12 +49,17 @@ class Backend(NamedTuple):
 def backend(request: pytest.FixtureRequest) -> Backend:
     """The fast paths, each to be held against the reference."""
     name, device = request.param
-    if name == "cpu":
-        pytest.importorskip("numba")
-        from dist_reg_kernels.perturb_cpu import perturb_cpu
+    pytest.importorskip("numba" if name == "cpu" else "triton")
+    return Backend(name, device)
 
-        return Backend(name, perturb_cpu, device)
-    pytest.importorskip("triton")
-    from dist_reg_kernels.perturb import perturb_triton
 
-    return Backend(name, perturb_triton, device)
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that is not initialised holds NaN, so an element left out shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*arguments, **options):
+        tensor = empty(*arguments, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)

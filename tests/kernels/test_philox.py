@@ -18,8 +18,8 @@ def words(text: str) -> list[int]:
 
 
 def numba_bits(counter: list[int], key: list[int]) -> list[int]:
-    perturb_cpu = pytest.importorskip("dist_reg_kernels.perturb_cpu")
-    return [int(word) for word in perturb_cpu._bits(*map(np.uint32, counter + key))]
+    philox_cpu = pytest.importorskip("dist_reg_kernels.philox_cpu")
+    return [int(word) for word in philox_cpu.bits(*map(np.uint32, counter + key))]
 
 
 def triton_bits(counter: list[int], key: list[int]) -> list[int]:

@@ -20,12 +20,7 @@ from dist_reg.errors import UserError, make_folder
 from dist_reg.methods import METHODS
 
 
-@click.group("bench")
-def command() -> None:
-    """Measure what a method costs."""
-
-
-@command.command("step")
+@click.command("step")
 @click.option(
     "--methods",
     default="hype",

@@ -1,0 +1,138 @@
+"""The operations that `dist-reg bench kernels` times: a table, one entry an operation.
+
+`plain` is the straightforward form in torch. With torch's own generator it is what the operation is timed against, with
+the noise of the reference and in float64 it is what the operation is checked against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_reg import noise, ops
+
+SIGMA, SEED, SITE = 0.1, 1, 7
+
+Noise = Callable[[Tensor], Tensor]
+Outputs = tuple[Tensor, ...]
+
+
+class Batch(NamedTuple):
+    """What an operation may work on, in one shape and dtype. Every token is real, so that bytes count exactly."""
+
+    hidden: Tensor
+    """[B, T, D]"""
+    twin: Tensor
+    """[2B, T, D]"""
+    keys: Tensor
+    """int64 [B]"""
+    spans: Tensor
+    """int32 [B, 2]"""
+    mask: Tensor
+    """[B, T, 1] in the dtype of the streams, as an eager user multiplies with it"""
+
+    @property
+    def noise(self) -> dict[str, Any]:
+        """The arguments of an operation that draws noise."""
+        return {"sigma": SIGMA, "seed": SEED, "site": SITE, "example_keys": self.keys, "spans": self.spans}
+
+
+class Operation(NamedTuple):
+    """One entry: the public operation, its plain form, and the bytes that one pass must move."""
+
+    streams: Callable[[Batch], Outputs]
+    """The tensors that it reads and that get a gradient; the last dimension is the one that a sum runs over."""
+    ours: Callable[..., Outputs]
+    """(batch, *streams) to outputs"""
+    plain: Callable[..., Outputs]
+    """(noise, batch, *streams) to the same outputs; `noise` draws sigma * eps in the shape of its argument"""
+    forward: int
+    """Streams of N = B * T * D elements that the forward pass reads and writes."""
+    backward: int = 0
+    """The same for the backward pass; 0 where it is the identity, and then only the forward is timed."""
+    distribution: str | None = "normal"
+    """Of its noise; None for an operation that draws none."""
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("forward", "backward", "both") if self.backward else ("forward",)
+
+    def streams_moved(self, which: str) -> int:
+        return {"forward": self.forward, "backward": self.backward}.get(which, self.forward + self.backward)
+
+    def eager_noise(self, stream: Tensor) -> Tensor:
+        """sigma * eps from torch's own generator."""
+        if self.distribution == "uniform":
+            return torch.empty_like(stream).uniform_(-SIGMA, SIGMA)
+        return SIGMA * torch.randn_like(stream)
+
+
+def make_batch(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Batch:
+    """Streams of size 1 whose halves lie 0.3 apart."""
+    batch, tokens, _ = shape
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(shape, generator=generator, device=device)
+    step = 0.3 * torch.randn(shape, generator=generator, device=device)
+    return Batch(
+        hidden.to(dtype),
+        torch.cat((hidden, hidden + step)).to(dtype),
+        noise.example_keys(torch.arange(batch, device=device), epoch=0),
+        noise.token_spans(None, batch, tokens, device),
+        torch.ones(batch, tokens, 1, dtype=dtype, device=device),
+    )
+
+
+def _plain_fork(draw: Noise, _batch: Batch, hidden: Tensor) -> Outputs:
+    return (torch.cat((hidden, hidden + draw(hidden))),)
+
+
+def _plain_distance(batch: Batch, twin: Tensor) -> Tensor:
+    clean, noisy = twin.chunk(2)
+    return ((noisy - clean) ** 2 * batch.mask).sum(-1)
+
+
+def _plain_perturb_stability(draw: Noise, batch: Batch, twin: Tensor) -> Outputs:
+    clean, noisy = twin.chunk(2)
+    drawn = draw(clean)
+    return torch.cat((clean + drawn, noisy + drawn)), _plain_distance(batch, twin)
+
+
+def _perturb(distribution: str) -> Operation:
+    return Operation(
+        streams=lambda batch: (batch.hidden,),
+        ours=lambda batch, hidden: (ops.perturb(hidden, **batch.noise, distribution=distribution),),
+        plain=lambda draw, batch, hidden: (hidden + draw(hidden),),
+        forward=2,
+        distribution=distribution,
+    )
+
+
+OPERATIONS: dict[str, Operation] = {
+    "perturb uniform": _perturb("uniform"),
+    "perturb normal": _perturb("normal"),
+    "fork": Operation(
+        streams=lambda batch: (batch.hidden,),
+        ours=lambda batch, hidden: (ops.fork(hidden, **batch.noise),),
+        plain=_plain_fork,
+        forward=3,
+        backward=3,
+    ),
+    "stability": Operation(
+        streams=lambda batch: (batch.twin,),
+        ours=lambda batch, twin: ops.stability(twin, spans=batch.spans),
+        plain=lambda draw, batch, twin: (twin.view_as(twin), _plain_distance(batch, twin)),
+        forward=2,
+        backward=6,
+        distribution=None,
+    ),
+    "perturb_stability": Operation(
+        streams=lambda batch: (batch.twin,),
+        ours=lambda batch, twin: ops.perturb_stability(twin, **batch.noise),
+        plain=_plain_perturb_stability,
+        forward=4,
+        backward=6,
+    ),
+}

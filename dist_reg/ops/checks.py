@@ -1,0 +1,64 @@
+"""What the arguments of an operation must be; every check raises a UserError that names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dist_reg.errors import UserError, nearest
+
+DISTRIBUTIONS = ("normal", "uniform", "uniform_released")
+SCALES = ("absolute", "relative")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_stream(name: str, tensor: Tensor) -> None:
+    """A stream of hidden states [batch, tokens, channels] in a floating dtype that the kernels know."""
+    if tensor.ndim != 3:
+        raise UserError(f"{name} must be [batch, tokens, channels], got shape {list(tensor.shape)}")
+    check_dtype(name, tensor)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """One of the floating dtypes that the kernels know."""
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_keys(keys: Tensor, batch: int, stream: Tensor, name: str = "hidden_states") -> None:
+    """`example_keys`: int64 [batch], on the device of the stream called `name`."""
+    if keys.dtype != torch.int64 or keys.ndim != 1 or keys.shape[0] != batch:
+        raise UserError(
+            f"example_keys must be int64 [batch] = [{batch}], got {keys.dtype} {list(keys.shape)}"
+        )
+    if keys.device != stream.device:
+        raise UserError(f"example_keys must be on {stream.device} like {name}, got {keys.device}")
+
+
+def check_spans(spans: Tensor | None, batch: int, stream: Tensor, name: str = "hidden_states") -> None:
+    """`spans`: None, or int32 or int64 [batch, 2] on the device of the stream called `name`."""
+    if spans is None:
+        return
+    if spans.dtype not in (torch.int32, torch.int64) or spans.shape != (batch, 2):
+        raise UserError(
+            f"spans must be int32 or int64 [batch, 2] = [{batch}, 2], got {spans.dtype} {list(spans.shape)}"
+        )
+    if spans.device != stream.device:
+        raise UserError(f"spans must be on {stream.device} like {name}, got {spans.device}")
+
+
+def check_noise(sigma: float, distribution: str, scale: str) -> None:
+    """The size and kind of the noise."""
+    if not 0 <= sigma < math.inf:
+        raise UserError(f"sigma must be a finite number not below 0, got {sigma}")
+    if distribution not in DISTRIBUTIONS:
+        raise UserError(f"unknown distribution {distribution!r}: {nearest(distribution, DISTRIBUTIONS)}")
+    if scale not in SCALES:
+        raise UserError(f"unknown scale {scale!r}: {nearest(scale, SCALES)}")
+
+
+def signed_seed(seed: int) -> int:
+    """The 64-bit `seed`, signed or not, as the signed integer that a custom operator takes."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
