@@ -9,7 +9,18 @@ Every operation raises a ValueError that names the argument for a wrong shape, d
 from dist_reg.ops.backend import BACKENDS
 from dist_reg.ops.checks import DISTRIBUTIONS, SCALES
 from dist_reg.ops.fork import fork
+from dist_reg.ops.norm_perturb import layer_norm_perturb, perturb_rms_norm
 from dist_reg.ops.perturb import perturb
 from dist_reg.ops.stability import perturb_stability, stability
 
-__all__ = ["BACKENDS", "DISTRIBUTIONS", "SCALES", "fork", "perturb", "perturb_stability", "stability"]
+__all__ = [
+    "BACKENDS",
+    "DISTRIBUTIONS",
+    "SCALES",
+    "fork",
+    "layer_norm_perturb",
+    "perturb",
+    "perturb_rms_norm",
+    "perturb_stability",
+    "stability",
+]

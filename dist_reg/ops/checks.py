@@ -27,6 +27,36 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise UserError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
+def check_like(name: str, tensor: Tensor, stream: Tensor) -> None:
+    """Of the shape, dtype and device of the stream called hidden_states."""
+    if tensor.shape != stream.shape or tensor.dtype != stream.dtype:
+        raise UserError(
+            f"{name} must be {stream.dtype} {list(stream.shape)} like hidden_states, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
+    check_device(name, tensor, stream)
+
+
+def check_channels(name: str, tensor: Tensor, stream: Tensor) -> None:
+    """A number a channel of the stream called hidden_states, in a floating dtype that the kernels know."""
+    if tensor.ndim != 1 or tensor.shape[0] != stream.shape[2]:
+        raise UserError(f"{name} must be [channels] = [{stream.shape[2]}], got shape {list(tensor.shape)}")
+    check_dtype(name, tensor)
+    check_device(name, tensor, stream)
+
+
+def check_device(name: str, tensor: Tensor, stream: Tensor) -> None:
+    """On the device of the stream called hidden_states."""
+    if tensor.device != stream.device:
+        raise UserError(f"{name} must be on {stream.device} like hidden_states, got {tensor.device}")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """What a norm adds to the variance."""
+    if not 0 <= epsilon < math.inf:
+        raise UserError(f"epsilon must be a finite number not below 0, got {epsilon}")
+
+
 def check_keys(keys: Tensor, batch: int, stream: Tensor, name: str = "hidden_states") -> None:
     """`example_keys`: int64 [batch], on the device of the stream called `name`."""
     if keys.dtype != torch.int64 or keys.ndim != 1 or keys.shape[0] != batch:

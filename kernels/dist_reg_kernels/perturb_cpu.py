@@ -29,7 +29,7 @@ from dist_reg_kernels.rows_cpu import (
 
 
 @numba.njit(inline="always")
-def _add_row(convert, row, out, first_block, scale, key_low, key_high, site, seed_low, seed_high):
+def add_row(convert, row, out, first_block, scale, key_low, key_high, site, seed_low, seed_high):
     whole = row.size // 4
     for b in range(whole):
         block = np.uint32(first_block + b)
@@ -81,11 +81,11 @@ def _perturb_rows(
         first_block = (token - first) * blocks
         scale = sigma * root_mean_square(row, sigma - sigma) if relative else sigma
         if distribution == 0:
-            _add_row(normal, row, target, first_block, scale, low, high, site, seed_low, seed_high)
+            add_row(normal, row, target, first_block, scale, low, high, site, seed_low, seed_high)
         elif distribution == 1:
-            _add_row(uniform, row, target, first_block, scale, low, high, site, seed_low, seed_high)
+            add_row(uniform, row, target, first_block, scale, low, high, site, seed_low, seed_high)
         else:
-            _add_row(uniform_released, row, target, first_block, scale, low, high, site, seed_low, seed_high)
+            add_row(uniform_released, row, target, first_block, scale, low, high, site, seed_low, seed_high)
 
 
 def noise_arguments(
