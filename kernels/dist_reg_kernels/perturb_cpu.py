@@ -4,30 +4,22 @@ hidden and out are [B, T, D] in fp32, fp64, bf16 or fp16; the noise is made four
 and never stored. Every row is computed by itself and in one order, so the result does not depend on the number
 of threads, which is torch's. bf16 is read and rounded (to nearest even) as bit patterns inside the same loop;
 fp16 goes through fp32 copies.
-
-The compiled code releases the GIL and the threads are Python's own: Numba's parallel regions abort when two
-threads enter one at once under the workqueue layer, and do not survive a fork under GNU OpenMP.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 from dist_reg_kernels import philox
+from dist_reg_kernels.rows_cpu import compiled, fma, for_rows, rows_of, store, wide
 
-# Numba's cache notices changes of this file alone: touch it when a constant of philox.py changes.
+# Numba's cache notices changes of this file alone: touch it when philox.py or rows_cpu.py changes.
 _A, _B = np.uint64(philox.MULTIPLIER_A), np.uint64(philox.MULTIPLIER_B)
 _STEP_A, _STEP_B = np.uint32(philox.KEY_STEP_A), np.uint32(philox.KEY_STEP_B)
 _LOG0, _LOG1, _LOG2, _LOG3, _LOG4, _LOG5, _LOG6, _LOG7 = (np.float32(c) for c in philox.LOG)
@@ -37,17 +29,6 @@ _LN2, _SQRT_HALF_BITS = np.float32(philox.LN2), np.int32(philox.SQRT_HALF_BITS)
 _UNIT, _HALF, _ONE, _MINUS_TWO = np.float32(2.0**-23), np.float32(0.5), np.float32(1), np.float32(-2)
 
 _NO_SPANS = np.empty((0, 2), np.int32)
-
-# Below this many elements a thread costs more to wake than it saves.
-ELEMENTS_PER_THREAD = 1 << 15
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile on first call, cached on disk beside the source or in the user's cache, where one is writable."""
-    try:
-        return numba.njit(function, nogil=True, cache=True)
-    except RuntimeError:
-        return numba.njit(function, nogil=True)
 
 
 @intrinsic
@@ -59,17 +40,6 @@ def _sqrt(_context, x):
         return builder.call(function, arguments)
 
     return x(x), generate
-
-
-@intrinsic
-def _fma(_context, x, y, z):
-    """x * y + z rounded once, in the dtype of z. Written out: whether LLVM fuses is otherwise its own choice."""
-
-    def generate(context, builder, signature, arguments):
-        values = [context.cast(builder, value, given, z) for value, given in zip(arguments, signature.args)]
-        return builder.fma(*values)
-
-    return z(x, y, z), generate
 
 
 @numba.njit(forceinline=True)
@@ -101,20 +71,20 @@ def _normal_pair(radius_bits, angle_bits):
     pattern = np.float32(u).view(np.int32)
     exponent = np.int32(np.int32(pattern - _SQRT_HALF_BITS) >> np.int32(23))
     f = np.int32(pattern - np.int32(exponent << np.int32(23))).view(np.float32) - _ONE
-    p = _fma(f, _LOG7, _LOG6)
-    p = _fma(p, f, _LOG5)
-    p = _fma(p, f, _LOG4)
-    p = _fma(p, f, _LOG3)
-    p = _fma(p, f, _LOG2)
-    p = _fma(p, f, _LOG1)
-    p = _fma(p, f, _LOG0)
-    radius = _sqrt(_MINUS_TWO * _fma(np.float32(exponent), _LN2, _fma(f * f, p, f)))
+    p = fma(f, _LOG7, _LOG6)
+    p = fma(p, f, _LOG5)
+    p = fma(p, f, _LOG4)
+    p = fma(p, f, _LOG3)
+    p = fma(p, f, _LOG2)
+    p = fma(p, f, _LOG1)
+    p = fma(p, f, _LOG0)
+    radius = _sqrt(_MINUS_TWO * fma(np.float32(exponent), _LN2, fma(f * f, p, f)))
 
     quadrant = np.int32(angle_bits >> np.uint32(30))
     g = _signed_unit(np.uint32(angle_bits << np.uint32(2)))
     g2 = g * g
-    sine = g * _fma(_fma(_fma(g2, _SIN3, _SIN2), g2, _SIN1), g2, _SIN0)
-    cosine = _fma(_fma(_fma(_fma(g2, _COS3, _COS2), g2, _COS1), g2, _COS0), g2, _ONE)
+    sine = g * fma(fma(fma(g2, _SIN3, _SIN2), g2, _SIN1), g2, _SIN0)
+    cosine = fma(fma(fma(fma(g2, _COS3, _COS2), g2, _COS1), g2, _COS0), g2, _ONE)
     swap = (quadrant & np.int32(1)) != 0
     x = sine if swap else cosine
     y = cosine if swap else sine
@@ -140,46 +110,11 @@ def _uniform_released(r0, r1, r2, r3):
     return _open_unit(r0), _open_unit(r1), _open_unit(r2), _open_unit(r3)
 
 
-def _wide(row, i):
-    """Element i of a row in the dtype the sum is taken in: uint16 holds bf16."""
-
-
-def _store(row, i, value):
-    """Write `value` to element i of a row, rounded to the row's dtype."""
-
-
-@overload(_wide)
-def _wide_overload(row, i):
-    if row.dtype == numba.uint16:
-        return lambda row, i: np.uint32(np.uint32(row[i]) << np.uint32(16)).view(np.float32)
-    return lambda row, i: row[i]
-
-
-@overload(_store)
-def _store_overload(row, i, value):
-    if row.dtype == numba.uint16:
-
-        def store_bf16(row, i, value):
-            bits = np.float32(value).view(np.uint32)
-            even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-            nan = np.uint32(value != value) * np.uint32(0x40)  # keeps a quiet bit that the shift would lose
-            row[i] = np.uint16(
-                np.uint32(bits + (np.uint32(0x7FFF) + even) * (value == value)) >> np.uint32(16) | nan
-            )
-
-        return store_bf16
-
-    def store(row, i, value):
-        row[i] = value
-
-    return store
-
-
 @numba.njit(fastmath={"reassoc"})
 def _root_mean_square(row, zero):
     total = zero
     for i in range(row.size):
-        x = _wide(row, i)
+        x = wide(row, i)
         total += x * x
     return _sqrt(total / (zero + row.size))
 
@@ -190,17 +125,17 @@ def _add_row(convert, row, out, first_block, scale, key_low, key_high, site, see
     for b in range(whole):
         block = np.uint32(first_block + b)
         z0, z1, z2, z3 = convert(*_bits(block, key_low, key_high, site, seed_low, seed_high))
-        _store(out, 4 * b, _fma(scale, z0, _wide(row, 4 * b)))
-        _store(out, 4 * b + 1, _fma(scale, z1, _wide(row, 4 * b + 1)))
-        _store(out, 4 * b + 2, _fma(scale, z2, _wide(row, 4 * b + 2)))
-        _store(out, 4 * b + 3, _fma(scale, z3, _wide(row, 4 * b + 3)))
+        store(out, 4 * b, fma(scale, z0, wide(row, 4 * b)))
+        store(out, 4 * b + 1, fma(scale, z1, wide(row, 4 * b + 1)))
+        store(out, 4 * b + 2, fma(scale, z2, wide(row, 4 * b + 2)))
+        store(out, 4 * b + 3, fma(scale, z3, wide(row, 4 * b + 3)))
     if 4 * whole < row.size:
         rest = convert(*_bits(np.uint32(first_block + whole), key_low, key_high, site, seed_low, seed_high))
         for i in range(4 * whole, row.size):
-            _store(out, i, _fma(scale, rest[i - 4 * whole], _wide(row, i)))
+            store(out, i, fma(scale, rest[i - 4 * whole], wide(row, i)))
 
 
-@_compiled
+@compiled
 def _perturb_rows(
     begin, end, hidden, out, keys, spans, tokens, seed_low, seed_high, site, sigma, distribution, relative
 ):
@@ -227,29 +162,6 @@ def _perturb_rows(
             _add_row(_uniform_released, row, target, first_block, scale, low, high, site, seed_low, seed_high)
 
 
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="dist-reg-perturb")
-
-
-# A forked child (a DataLoader worker) inherits the pool object without its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _for_rows(rows: int, columns: int, arguments: tuple[Any, ...]) -> None:
-    """Run `_perturb_rows(begin, end, *arguments)` over all rows, this thread taking the first share."""
-    threads = max(1, min(torch.get_num_threads(), rows, rows * columns // ELEMENTS_PER_THREAD))
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    others = [
-        _pool(torch.get_num_threads()).submit(_perturb_rows, begin, end, *arguments)
-        for begin, end in pairwise(cuts[1:])
-    ]
-    _perturb_rows(cuts[0], cuts[1], *arguments)
-    for share in others:
-        share.result()
-
-
 def perturb_cpu(
     hidden: Tensor,
     keys: Tensor,
@@ -271,8 +183,8 @@ def perturb_cpu(
     number = np.float64 if hidden.dtype == torch.float64 else np.float32
     seed_low, seed_high = philox.split_words(seed)
     arguments = (
-        _rows(hidden, channels),
-        _rows(out, channels),
+        rows_of(hidden),
+        rows_of(out),
         keys.contiguous().numpy(),
         _NO_SPANS if spans is None else spans.contiguous().numpy(),
         tokens,
@@ -283,10 +195,5 @@ def perturb_cpu(
         philox.DISTRIBUTIONS.index(distribution),
         relative,
     )
-    _for_rows(batch * tokens, channels, arguments)
+    for_rows(_perturb_rows, batch * tokens, channels, arguments)
     return out
-
-
-def _rows(tensor: Tensor, channels: int) -> np.ndarray:
-    flat = tensor.detach().contiguous().view(-1, channels)
-    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
