@@ -9,5 +9,6 @@ Every operation raises a ValueError that names the argument for a wrong shape, d
 from dist_reg.ops.backend import BACKENDS
 from dist_reg.ops.checks import DISTRIBUTIONS, SCALES
 from dist_reg.ops.perturb import perturb
+from dist_reg.ops.symmetric_kl import symmetric_kl
 
-__all__ = ["BACKENDS", "DISTRIBUTIONS", "SCALES", "perturb"]
+__all__ = ["BACKENDS", "DISTRIBUTIONS", "SCALES", "perturb", "symmetric_kl"]

@@ -1,4 +1,4 @@
-"""The Triton kernel compiles for Ampere and Hopper on a machine without a GPU.
+"""The Triton kernels compile for Ampere and Hopper on a machine without a GPU.
 
 Run in a process of its own, because a process that interprets Triton cannot compile it.
 """
@@ -10,12 +10,15 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 
 DTYPES = ("fp32", "bf16", "fp16")
 CAPABILITIES = (80, 90)
-CHANNELS = 1024
+CHANNELS, VOCABULARY = 1024, 32000
 SHARED_MEMORY_LIMIT = 16 * 1024
 REGISTER_LIMIT = 64
 
@@ -32,7 +35,13 @@ def builds() -> list[dict]:
 
 
 def test_every_variant_builds(builds):
-    assert len(builds) == len(CAPABILITIES) * len(DTYPES) * 3 * 2
+    each = len(CAPABILITIES) * len(DTYPES)
+    assert Counter(build["kernel"] for build in builds) == {
+        "_perturb_kernel": each * 3 * 2,
+        "_symmetric_kl_kernel": each * 2,
+        "_combine_kernel": each,
+        "_symmetric_kl_backward_kernel": each,
+    }
 
 
 def test_shared_memory_is_small(builds):
@@ -50,29 +59,30 @@ def test_nothing_spills(builds):
 
 def test_loads_and_stores_are_16_bytes_wide(builds):
     for build in builds:
-        assert build["wide_load"], build
-        assert build["wide_store"], build
+        assert build["wide_load"] or build["narrow"], build
+        assert build["wide_store"] or build["narrow"] or build["reduces"], build
 
 
-def main() -> None:
-    report = [build(*variant) for variant in itertools.product(CAPABILITIES, DTYPES, range(3), (False, True))]
-    print(json.dumps(report))
+class Variant(NamedTuple):
+    """One way that a launcher calls a kernel; arguments in neither `types` nor `constants` are int32."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    """Pointers at multiples of 16 bytes and integers that 16 divides."""
+    warps: int
+    fp_fusion: bool
+    reduces: bool = False
+    """Writes a few numbers a row, not a stream."""
+    narrow: bool = False
+    """Reads no stream either."""
 
 
-def build(capability: int, dtype: str, distribution: int, relative: bool) -> dict:
-    import triton
+def perturb_variants(dtype: str) -> Iterator[Variant]:
     from dist_reg_kernels import perturb
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     blocks, warps = perturb.block_and_warps(CHANNELS)
-    constants = {
-        "stride_channel": 1,
-        "DISTRIBUTION": distribution,
-        "RELATIVE": relative,
-        "HAS_SPANS": True,
-        "BLOCKS": blocks,
-    }
     types = {
         "hidden_ptr": f"*{dtype}",
         "out_ptr": f"*{dtype}",
@@ -80,23 +90,77 @@ def build(capability: int, dtype: str, distribution: int, relative: bool) -> dic
         "spans_ptr": "*i32",
         "sigma": "fp32",
     }
-    names = perturb._perturb_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = ("hidden_ptr", "out_ptr", "keys_ptr", "spans_ptr", "stride_batch", "stride_token", "channels")
+    for distribution, relative in itertools.product(range(3), (False, True)):
+        constants = {
+            "stride_channel": 1,
+            "DISTRIBUTION": distribution,
+            "RELATIVE": relative,
+            "HAS_SPANS": True,
+            "BLOCKS": blocks,
+        }
+        yield Variant(perturb._perturb_kernel, types, constants, aligned, warps, fp_fusion=False)
+
+
+def symmetric_kl_variants(dtype: str) -> Iterator[Variant]:
+    from dist_reg_kernels import symmetric_kl
+
+    types = dict.fromkeys(("a_ptr", "b_ptr", "gradient_a_ptr", "gradient_b_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("loss_ptr", "saved_ptr", "parts_ptr", "gradient_ptr"), "*fp32") | {
+        "mask_ptr": "*i1"
+    }
+    aligned = ("a_ptr", "b_ptr", "a_outer", "a_inner", "b_outer", "b_inner", "columns")
+    unit = {"a_column": 1, "b_column": 1, "HAS_MASK": True}
+    lanes, width, warps = symmetric_kl.lanes_width_and_warps(VOCABULARY, 4 if dtype == "fp32" else 2)
+    close = {"CLOSE": dtype == "fp32"}
+    for parts in (1, 8):
+        constants = unit | close | {"PARTS": parts, "LANES": lanes, "WIDTH": width}
+        kernel = symmetric_kl._symmetric_kl_kernel
+        yield Variant(kernel, types, constants, (*aligned, "part_columns"), warps, True, reduces=True)
+    constants = close | {"HAS_MASK": True, "PARTS": 8}
+    yield Variant(symmetric_kl._combine_kernel, types, constants, (), 1, True, narrow=True)
+    block, warps = symmetric_kl.block_and_warps(VOCABULARY)
+    kernel = symmetric_kl._symmetric_kl_backward_kernel
+    aligned = (*aligned, "gradient_a_ptr", "gradient_b_ptr")
+    yield Variant(kernel, types, unit | {"BLOCK": block}, aligned, warps, True)
+
+
+FAMILIES = (perturb_variants, symmetric_kl_variants)
+
+
+def main() -> None:
+    report = [
+        build(capability, dtype, variant)
+        for capability, dtype, family in itertools.product(CAPABILITIES, DTYPES, FAMILIES)
+        for variant in family(dtype)
+    ]
+    print(json.dumps(report))
+
+
+def build(capability: int, dtype: str, variant: Variant) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, types, constants, aligned, warps, fp_fusion, reduces, narrow = variant
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(
-        ASTSource(perturb._perturb_kernel, signature, constexprs=constants, attrs=attributes),
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        options={"num_warps": warps, "enable_fp_fusion": fp_fusion},
     )
     text = compiled.asm["ptx"]
     registers, stack = resources(compiled.asm["cubin"])
     return {
+        "kernel": kernel.fn.__name__,
         "capability": capability,
         "dtype": dtype,
-        "distribution": distribution,
-        "relative": relative,
+        "constants": constants,
         "warps": warps,
+        "reduces": reduces,
+        "narrow": narrow,
         "shared": compiled.metadata.shared,
         "registers": registers,
         "stack": stack,
