@@ -5,7 +5,9 @@ sums; a block's sums are fp32, the row's are merged from them in float64, always
 does not depend on the number of threads. bf16 is read and rounded as bit patterns, fp16 goes through fp32 copies,
 and float64, which only tests need, takes the torch form.
 
-MEASURED
+Measured on two threads of a busy machine, 64 x 32000, medians of 31 interleaved runs, against the log_softmax form
+of symmetric_kl.py with autograd: fp32 forward 16 against 102 ms, backward 12 against 126; bf16 10 against 63 and
+11 against 80; fp16 16 against 34 and 37 against 52.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from dist_reg_kernels.rows_cpu import compiled, fma, for_rows, rows_of, store, wide
 from dist_reg_kernels.symmetric_kl import SAVED, symmetric_kl_backward_torch, symmetric_kl_torch
+
+# Numba's cache notices changes of this file alone: touch it when rows_cpu.py changes.
 
 # Two fp32 blocks of this many columns are half of a small level-1 cache.
 BLOCK = 2048

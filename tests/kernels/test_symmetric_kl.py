@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tests.kernels.conftest import BACKENDS
 
+# NumPy's, in the interpreter: -inf - -inf and the like are meant.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 SHAPES = [(1, 1), (3, 63), (4, 1000), (2, 2, 65)]
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 INFINITY = float("inf")
