@@ -12,6 +12,7 @@ from dist_reg.ops.fork import fork
 from dist_reg.ops.norm_perturb import layer_norm_perturb, perturb_rms_norm
 from dist_reg.ops.perturb import perturb
 from dist_reg.ops.stability import perturb_stability, stability
+from dist_reg.ops.symmetric_kl import symmetric_kl
 
 __all__ = [
     "BACKENDS",
@@ -23,4 +24,5 @@ __all__ = [
     "perturb_rms_norm",
     "perturb_stability",
     "stability",
+    "symmetric_kl",
 ]

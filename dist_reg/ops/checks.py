@@ -57,6 +57,33 @@ def check_epsilon(epsilon: float) -> None:
         raise UserError(f"epsilon must be a finite number not below 0, got {epsilon}")
 
 
+def check_logits(name: str, tensor: Tensor) -> None:
+    """Logits [..., V] with V of 1 or more, in a floating dtype that the kernels know."""
+    if tensor.ndim == 0 or tensor.shape[-1] == 0:
+        raise UserError(f"{name} must be [..., V] with V of 1 or more, got shape {list(tensor.shape)}")
+    check_dtype(name, tensor)
+
+
+def check_same(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """The shape, dtype and device of the tensor called `like_name`."""
+    for what in ("shape", "dtype", "device"):
+        expected, got = getattr(like, what), getattr(tensor, what)
+        if got != expected:
+            if what == "shape":
+                expected, got = list(expected), list(got)
+            raise UserError(f"{name} must have the {what} of {like_name}, {expected}, got {got}")
+
+
+def check_mask(mask: Tensor | None, shape: torch.Size, like_name: str, like: Tensor) -> None:
+    """`mask`: None, or bool of `shape` on the device of the tensor called `like_name`."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise UserError(f"mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if mask.device != like.device:
+        raise UserError(f"mask must be on {like.device} like {like_name}, got {mask.device}")
+
+
 def check_keys(keys: Tensor, batch: int, stream: Tensor, name: str = "hidden_states") -> None:
     """`example_keys`: int64 [batch], on the device of the stream called `name`."""
     if keys.dtype != torch.int64 or keys.ndim != 1 or keys.shape[0] != batch:

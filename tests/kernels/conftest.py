@@ -39,13 +39,14 @@ class Backend(NamedTuple):
         return self.operation("perturb")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("cpu", "cpu"), id="numba"),
-        pytest.param(("triton", "cpu"), id="triton-interpreter", marks=needs_interpreter),
-        pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_gpu),
-    ]
-)
+BACKENDS = [
+    pytest.param(("cpu", "cpu"), id="numba"),
+    pytest.param(("triton", "cpu"), id="triton-interpreter", marks=needs_interpreter),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_gpu),
+]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """The fast paths, each to be held against the reference."""
     name, device = request.param
