@@ -151,10 +151,10 @@ class Trainer(transformers.Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ids = _pop_ids(inputs)
-        if ids is not None and model.training:
+        if model.training and ids is not None:
             epoch = self._sampler.epoch if self._sampler is not None else int(self.state.epoch or 0)
             inputs["example_keys"] = example_keys(ids, epoch)
-        elif ids is None and self.handle.methods and not self._ids_missed:
+        elif model.training and self.handle.methods and not self._ids_missed:
             self._ids_missed = True
             logger.warning(
                 "the batches hold no %s, so noise follows torch's generator and not the example: the run depends on "
