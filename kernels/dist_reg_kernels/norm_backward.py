@@ -78,15 +78,16 @@ def normalised(
     mean_ptr,
     rstd_ptr,
     row,
+    offset,
     start,
     channels,
     CENTRED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """(x, rstd) for one block of a row."""
+    """(x, rstd) for one block of the row number `row`, which lies at `offset`."""
     rstd = tl.load(rstd_ptr + row)
-    z = sum_load(stream_ptr, residual_ptr, row * channels, start, channels, HAS_RESIDUAL, BLOCKS)
+    z = sum_load(stream_ptr, residual_ptr, offset, start, channels, HAS_RESIDUAL, BLOCKS)
     if CENTRED:
         z -= tl.load(mean_ptr + row)
     return z * rstd, rstd
@@ -129,13 +130,25 @@ def _norm_backward_kernel(
     BLOCKS: tl.constexpr,
 ):
     """One program a group of rows, each held in registers; the group's sums stay there until the end."""
-    group = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(0)
+    first = group.to(tl.int64) * channels
+    offset = first
+    step = tl.num_programs(0).to(tl.int64) * channels
     weight_sum = tl.full((4 * BLOCKS,), 0.0, tl.float32)
     bias_sum = tl.full((4 * BLOCKS,), 0.0, tl.float32)
     for row in range(group, rows, tl.num_programs(0)):
-        offset = row * channels
         x, rstd = normalised(
-            stream_ptr, residual_ptr, mean_ptr, rstd_ptr, row, 0, channels, CENTRED, HAS_RESIDUAL, BLOCKS
+            stream_ptr,
+            residual_ptr,
+            mean_ptr,
+            rstd_ptr,
+            row,
+            offset,
+            0,
+            channels,
+            CENTRED,
+            HAS_RESIDUAL,
+            BLOCKS,
         )
         g = row_load(gradient_ptr + offset, 0, 1, channels, BLOCKS)
         weight_sum += g * x
@@ -148,10 +161,11 @@ def _norm_backward_kernel(
         store_pull(
             out_ptr, stream_gradient_ptr, offset, 0, channels, rstd * pull, HAS_STREAM_GRADIENT, BLOCKS
         )
+        offset += step
     if WITH_WEIGHT:
-        row_store(weight_sums_ptr + group * channels, 0, channels, weight_sum, BLOCKS)
+        row_store(weight_sums_ptr + first, 0, channels, weight_sum, BLOCKS)
         if CENTRED:
-            row_store(bias_sums_ptr + group * channels, 0, channels, bias_sum, BLOCKS)
+            row_store(bias_sums_ptr + first, 0, channels, bias_sum, BLOCKS)
 
 
 def _long_norm_backward_kernel(
@@ -174,9 +188,11 @@ def _long_norm_backward_kernel(
     BLOCKS: tl.constexpr,
 ):
     """The same for rows of several blocks: first the gradients, row by row, then the sums, block by block."""
-    group = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(0)
+    first = group.to(tl.int64) * channels
+    offset = first
+    step = tl.num_programs(0).to(tl.int64) * channels
     for row in range(group, rows, tl.num_programs(0)):
-        offset = row * channels
         products = tl.full((4 * BLOCKS,), 0.0, tl.float32)
         plain = tl.full((4 * BLOCKS,), 0.0, tl.float32)
         for start in range(0, channels, 4 * BLOCKS):
@@ -186,6 +202,7 @@ def _long_norm_backward_kernel(
                 mean_ptr,
                 rstd_ptr,
                 row,
+                offset,
                 start,
                 channels,
                 CENTRED,
@@ -205,6 +222,7 @@ def _long_norm_backward_kernel(
                 mean_ptr,
                 rstd_ptr,
                 row,
+                offset,
                 start,
                 channels,
                 CENTRED,
@@ -225,10 +243,12 @@ def _long_norm_backward_kernel(
                 HAS_STREAM_GRADIENT,
                 BLOCKS,
             )
+        offset += step
     if WITH_WEIGHT:
         for start in range(0, channels, 4 * BLOCKS):
             weight_sum = tl.full((4 * BLOCKS,), 0.0, tl.float32)
             bias_sum = tl.full((4 * BLOCKS,), 0.0, tl.float32)
+            offset = first
             for row in range(group, rows, tl.num_programs(0)):
                 x, _ = normalised(
                     stream_ptr,
@@ -236,18 +256,20 @@ def _long_norm_backward_kernel(
                     mean_ptr,
                     rstd_ptr,
                     row,
+                    offset,
                     start,
                     channels,
                     CENTRED,
                     HAS_RESIDUAL,
                     BLOCKS,
                 )
-                g = row_load(gradient_ptr + row * channels, start, 1, channels, BLOCKS)
+                g = row_load(gradient_ptr + offset, start, 1, channels, BLOCKS)
                 weight_sum += g * x
                 bias_sum += g
-            row_store(weight_sums_ptr + group * channels, start, channels, weight_sum, BLOCKS)
+                offset += step
+            row_store(weight_sums_ptr + first, start, channels, weight_sum, BLOCKS)
             if CENTRED:
-                row_store(bias_sums_ptr + group * channels, start, channels, bias_sum, BLOCKS)
+                row_store(bias_sums_ptr + first, start, channels, bias_sum, BLOCKS)
 
 
 if triton is not None:

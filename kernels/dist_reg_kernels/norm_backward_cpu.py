@@ -1,7 +1,7 @@
 """norm_backward.py's operations on the CPU: one compiled pass over groups of rows, split over threads.
 
-The groups are the same for every number of threads, and so are the sums. fp32, fp64 and bf16 are read as they lie; fp16
-goes through fp32 copies.
+The groups are the same for every number of threads, and so are the sums; torch's own layer norm sums by thread, and
+would need hidden + residual written out first. fp32, fp64 and bf16 are read as they lie; fp16 goes through fp32 copies.
 """
 
 from __future__ import annotations

@@ -354,8 +354,8 @@ def perturb_rms_norm_triton(
     relative: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel: one program a token. fp32, bf16 and fp16; (stream, normed, rstd)."""
-    stream = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    normed, rstd = torch.empty_like(stream), _statistic(hidden)
+    stream, normed = (torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) for _ in range(2))
+    rstd = _statistic(hidden)
     _launch(
         _perturb_rms_norm_kernel,
         (hidden, residual, weight, stream, normed, rstd),

@@ -214,8 +214,8 @@ def perturb_rms_norm_cpu(
         wide = wide_sum(hidden, residual)
         stream = perturb_cpu(wide, keys, spans, seed, site, sigma, distribution, relative).to(torch.float16)
         return stream, *rms_norm_torch(stream, weight, epsilon)
-    stream = torch.empty(hidden.shape, dtype=hidden.dtype)
-    normed, rstd = torch.empty_like(stream), statistic(hidden)
+    stream, normed = (torch.empty(hidden.shape, dtype=hidden.dtype) for _ in range(2))
+    rstd = statistic(hidden)
     if stream.numel() == 0:
         return stream, normed, rstd
     rows = as_rows(stream)
