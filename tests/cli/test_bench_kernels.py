@@ -172,6 +172,15 @@ def test_every_variant_takes_its_turn_in_every_round(monkeypatch):
     assert all(row["times_compile"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1000.0, True)])
+def test_a_busy_machine_is_said_and_recorded(load, warned, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    code, _, err = call("bench", "kernels", "--smoke", "--device", "cpu", "--out", str(tmp_path))
+    assert code == 0
+    assert ("warning: a load average of 1000.0 on" in err) == warned
+    assert json.loads((tmp_path / "kernels.json").read_text())["setting"]["load_average_before"] == load
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
 def test_cuda_without_a_gpu_is_one_sentence():
     code, _, err = call("bench", "kernels", "--device", "cuda")

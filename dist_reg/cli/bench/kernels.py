@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,20 @@ def kernels(device: str | None, rounds: int, out: Path | None, smoke: bool) -> i
         for dtype in DTYPES
     ]
     made_with = provenance()  # the checkout may change while this runs
+    busy = os.getloadavg()[0]
     rows: list[dict[str, Any]] = []
     for shape, dtype in track(settings, "measuring", console=Console(stderr=True), transient=True):
         rows += measure(shape, dtype, device, rounds, compiled=not smoke)
         torch.compiler.reset()
     show(rows, device, rounds)
+    if device == "cpu" and busy > (os.cpu_count() or 1) / 2:
+        click.echo(
+            f"warning: a load average of {busy:.1f} on {os.cpu_count()} cores before the start; others' work is in "
+            "these figures, most of all in those of eager torch and the copy, whose threads wait for each other.",
+            err=True,
+        )
     if out is not None:
-        setting = {"device": device, "rounds": rounds, "smoke": smoke}
+        setting = {"device": device, "rounds": rounds, "smoke": smoke, "load_average_before": busy}
         write(rows, {"benchmark": "kernels", **made_with, "setting": setting}, out)
     refused = sorted({f"{row['operation']} {row['shape']} {row['dtype']}" for row in rows if row["refused"]})
     if refused:
