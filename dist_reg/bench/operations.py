@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm
 
 from dist_reg import noise, ops
 
-SIGMA, SEED, SITE = 0.1, 1, 7
+SIGMA, SEED, SITE, EPSILON = 0.1, 1, 7, 1e-5
 
 Noise = Callable[[Tensor], Tensor]
 Outputs = tuple[Tensor, ...]
@@ -100,6 +101,33 @@ def _plain_perturb_stability(draw: Noise, batch: Batch, twin: Tensor) -> Outputs
     return torch.cat((clean + drawn, noisy + drawn)), _plain_distance(batch, twin)
 
 
+def _two_streams(batch: Batch) -> Outputs:
+    return batch.hidden, batch.twin[batch.hidden.shape[0] :]
+
+
+def _plain_layer_norm(draw: Noise, _batch: Batch, hidden: Tensor, residual: Tensor) -> Outputs:
+    return (layer_norm(hidden + residual, hidden.shape[-1:], eps=EPSILON) + draw(hidden),)
+
+
+def _layer_norm(batch: Batch, hidden: Tensor, residual: Tensor) -> Outputs:
+    ones, zeros = hidden.new_ones(hidden.shape[-1]), hidden.new_zeros(hidden.shape[-1])
+    return (ops.layer_norm_perturb(hidden, ones, zeros, residual=residual, epsilon=EPSILON, **batch.noise),)
+
+
+def _plain_rms_norm(draw: Noise, _batch: Batch, hidden: Tensor) -> Outputs:
+    stream = hidden + draw(hidden)
+    return stream, rms_norm(stream, hidden.shape[-1:], eps=EPSILON)
+
+
+def _rms_norm(batch: Batch, hidden: Tensor) -> Outputs:
+    return ops.perturb_rms_norm(hidden, hidden.new_ones(hidden.shape[-1]), epsilon=EPSILON, **batch.noise)
+
+
+def _plain_symmetric_kl(_draw: Noise, _batch: Batch, logits: Tensor, other: Tensor) -> Outputs:
+    p, q = logits.log_softmax(-1), other.log_softmax(-1)
+    return (((p.exp() - q.exp()) * (p - q)).sum(-1),)
+
+
 def _perturb(distribution: str) -> Operation:
     return Operation(
         streams=lambda batch: (batch.hidden,),
@@ -134,5 +162,19 @@ OPERATIONS: dict[str, Operation] = {
         plain=_plain_perturb_stability,
         forward=4,
         backward=6,
+    ),
+    "layer_norm_perturb": Operation(
+        streams=_two_streams, ours=_layer_norm, plain=_plain_layer_norm, forward=3, backward=4
+    ),
+    "perturb_rms_norm": Operation(
+        streams=lambda batch: (batch.hidden,), ours=_rms_norm, plain=_plain_rms_norm, forward=3, backward=4
+    ),
+    "symmetric_kl": Operation(
+        streams=_two_streams,
+        ours=lambda batch, logits, other: (ops.symmetric_kl(logits, other),),
+        plain=_plain_symmetric_kl,
+        forward=2,
+        backward=4,
+        distribution=None,
     ),
 }
