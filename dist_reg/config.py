@@ -86,7 +86,7 @@ class RunConfig:
     @property
     def output_dir(self) -> Path:
         """The run directory, `train.output_dir`."""
-        return Path(self.train["output_dir"])
+        return Path(self.train["output_dir"]).expanduser()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data that gives the same run when written to a run file; every default of ours is spelt out."""
@@ -99,6 +99,8 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
     """The method `name` with `options`, as a run file gives them. Raises UserError."""
     if name not in METHODS:
         raise UserError(f"methods: unknown method {name!r}; {nearest(name, list(METHODS))}")
+    if not isinstance(options, Mapping):
+        raise UserError(f"methods.{name} takes options by name, such as {{sigma: 1e-4}}; it is {options!r}.")
     return validate(METHODS[name], dict(options), where=f"methods.{name}")
 
 
@@ -236,9 +238,11 @@ def _adapter(cls: type) -> TypeAdapter:
 
 
 def _sentence(error: ValidationError, cls: type, where: str) -> str:
-    first = error.errors()[0]
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    # A misspelt key makes the right one missing; the misspelling is what to say.
+    first = next((found for found in error.errors() if found["type"] in unknown), error.errors()[0])
     key = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in unknown:
         return f"{where}: unknown key {key!r}; {_nearest_key(key, cls)}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing."

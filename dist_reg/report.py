@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import logging
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ NEEDED = ("task", "model", "train_examples", "methods", "main_metric", "metrics"
 """What a result must hold to be summarised."""
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone (data sample or training)."""
+    """Runs that differ in their seeds alone (data sample or training), one a pair of seeds."""
 
     task: str
     model: str
@@ -82,16 +86,45 @@ def group(results: list[dict[str, Any]]) -> list[Group]:
     """
     found: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        key = (result["task"], Path(result["model"]).name, result["train_examples"], label(result))
+        key = (result["task"], result["model"], result["train_examples"], label(result))
         found[(*key, json.dumps(result.get("settings", {}), sort_keys=True))].append(result)
+    short = _short_names({key[1] for key in found})
     plain_first = sorted(found, key=lambda key: (*key[:3], not key[3].startswith("plain"), *key[3:]))
     groups = []
     for key in plain_first:
         others = [json.loads(other[4]) for other in found if other[:4] == key[:4]]
         groups.append(
-            Group(*key[:3], label=key[3] + _distinction(json.loads(key[4]), others), runs=tuple(found[key]))
+            Group(
+                task=key[0],
+                model=short[key[1]],
+                train_examples=key[2],
+                label=key[3] + _distinction(json.loads(key[4]), others),
+                runs=_one_a_seed(found[key]),
+            )
         )
     return groups
+
+
+def _short_names(models: set[str]) -> dict[str, str]:
+    """The last part of each model's path, or the whole where two share it."""
+    last = [Path(model).name for model in models]
+    return {model: Path(model).name if last.count(Path(model).name) == 1 else model for model in models}
+
+
+def _one_a_seed(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The first run of every pair of seeds; the same run twice, or on two topologies, is no second seed."""
+    first: dict[Any, dict[str, Any]] = {}
+    for run in runs:
+        seeds = (run.get("seed"), run.get("data_seed"))
+        if seeds in first:
+            logger.warning(
+                "report: %s of %s with seed %s and data seed %s is there more than once; the first counts.",
+                label(run),
+                run["task"],
+                *seeds,
+            )
+        first.setdefault(seeds, run)
+    return tuple(first.values())
 
 
 def _distinction(own: dict[str, Any], others: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from dist_reg.rundir import RunDirectory, plain
 from dist_reg.runtime import is_main, prepare_process, world_size
 from dist_reg.tasks import Task, load_task
 from dist_reg.trainer import Trainer
-from dist_reg.training_args import training_arguments
+from dist_reg.training_args import SETTING_ERRORS, check_settings, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,13 @@ def train(run: RunConfig) -> dict[str, Any]:
     """
     prepare_process(deepspeed=run.deepspeed is not None)
     folder = RunDirectory(run.output_dir)
-    folder.check(run)
+    try:
+        folder.check(run)
+    except UserError:
+        # A mistake in the run file makes it a different run too; then the mistake is what to say.
+        check_settings(run)
+        load_task(run.task, run.data)
+        raise
     done = folder.results()
     if done is not None:
         return report_finished(folder, done)
@@ -129,7 +135,6 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of `run` with its callbacks; `task` is tokenized."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
         trainer = Trainer(
             model,
             args,
@@ -143,7 +148,9 @@ def build_trainer(
                 prediction.predictions, prediction.label_ids
             ),
         )
-    except (ImportError, RuntimeError) as error:  # a logger or an optimizer that is not installed
+    except UserError:
+        raise
+    except SETTING_ERRORS as error:  # a logger that is not installed, say
         raise UserError(f"train: {reason(error)}") from None
     except OSError as error:
         if args.push_to_hub and not error.filename:
@@ -165,11 +172,14 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
         raise UserError(
             f"train.metric_for_best_model: {task.name} has no {args.metric_for_best_model!r}; {hint}"
         )
+    check_length(model, run.data.max_length, "data.max_length")
+
+
+def check_length(model: Any, length: int, name: str) -> None:
+    """Raise UserError where `length`, given as `name`, is more tokens than the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and run.data.max_length > positions:
-        raise UserError(
-            f"data.max_length is {run.data.max_length}, but the model takes at most {positions} tokens."
-        )
+    if positions is not None and length > positions:
+        raise UserError(f"{name} is {length}, but the model takes at most {positions} tokens.")
 
 
 def resumable(run: RunConfig, folder: RunDirectory, args: transformers.TrainingArguments) -> Path | None:
@@ -188,12 +198,9 @@ def settings(run: RunConfig) -> dict[str, Any]:
     whole = plain(run.as_dict())
     free = ("seed", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps")
     train = {key: value for key, value in whole["train"].items() if key not in free}
-    data = {
-        key: value
-        for key, value in whole["data"].items()
-        if value is not None and key not in ("seed", "data_dir")
-    }
+    data = {key: value for key, value in whole["data"].items() if value is not None and key != "seed"}
     return {
+        "model_revision": run.model.revision,
         "batch_size": run.batch_size,
         "train": train,
         "data": data,

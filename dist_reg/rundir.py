@@ -67,7 +67,13 @@ class RunDirectory:
         """The results of a finished run, or None."""
         if not self.results_file.is_file():
             return None
-        return json.loads(self.results_file.read_text(encoding="utf-8"))
+        try:
+            results = json.loads(self.results_file.read_text(encoding="utf-8"))
+            return {**results, "metrics": dict(results["metrics"])}
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{self.results_file} is damaged; remove it, and the same command evaluates and writes it again."
+            ) from None
 
     @contextlib.contextmanager
     def begin(self, run: RunConfig) -> Iterator[None]:
@@ -87,9 +93,19 @@ class RunDirectory:
                     "%s cannot be locked (%s); start this run only once.", self.path, reason(error)
                 )
             self.check(run)
+            fresh = not self.run_file.exists()
             self._write_run_file(run)
-            yield
+            try:
+                yield
+            except BaseException:
+                if fresh and not self._trained():
+                    self.run_file.unlink(missing_ok=True)
+                raise
             (self.path / LOCK).unlink(missing_ok=True)
+
+    def _trained(self) -> bool:
+        """Whether a run has left anything here that its next start would go on from."""
+        return self.log_file.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     def _write_run_file(self, run: RunConfig) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import math
@@ -58,6 +59,15 @@ WITHOUT_EFFECT = {
 }
 """Fields that change nothing here: Transformers leaves them to its example scripts, or the run decides itself."""
 
+REFUSED = {
+    "auto_find_batch_size": "it would change batch_size and with it the run",
+    "batch_eval_metrics": "metrics are those of a whole evaluation set",
+    "fsdp": "weights are sharded by DeepSpeed here; deepspeed: zero3 does what it does",
+    "prediction_loss_only": "the metrics of the task need predictions",
+    "save_only_model": "it would leave a killed run nothing to resume from; the exported model holds weights alone",
+}
+"""Fields that contradict what a run is."""
+
 ELEMENTWISE_OPTIMIZERS = {
     "adamw_torch",
     "adamw_torch_fused",
@@ -84,9 +94,39 @@ ELEMENTWISE_OPTIMIZERS = {
 """Optimizers whose update of an element needs that element alone: ZeRO hands them flat slices of the weights."""
 
 
+SETTING_ERRORS = (ValueError, TypeError, ImportError, KeyError, AttributeError, AssertionError, RuntimeError)
+"""What Transformers raises for a setting it cannot take."""
+
+ZERO_OPTIMIZERS = ("adam", "adamw", "adagrad", "lion")
+"""Types of a DeepSpeed JSON's own optimizer that ZeRO can shard."""
+
+DS_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "activation_checkpointing",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
+"""Keys of a DeepSpeed JSON that are often misspelt; DeepSpeed takes any other key without a word."""
+
+
+def check_settings(run: RunConfig) -> None:
+    """Raise UserError for what is wrong with `train` and `deepspeed` of a run file by itself."""
+    train = {**DEFAULTS, **run.train}
+    _check_names(train)
+    _check_values(train)
+    if run.deepspeed is not None:
+        read_ds_config(run.deepspeed)
+
+
 def ds_config_path(name: str) -> Path:
     """The DeepSpeed JSON that `deepspeed:` names: a shipped name or a path."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix == ".json" or os.sep in name:
         if not path.is_file():
             raise UserError(
@@ -120,6 +160,13 @@ def read_ds_config(name: str) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'deepspeed: {path}: zero_optimization must be an object such as {{"stage": 2}}.')
+    for key in config:
+        close = difflib.get_close_matches(key, DS_KEYS, n=1, cutoff=0.85)
+        if close and key not in DS_KEYS:
+            raise UserError(f"deepspeed: {path}: unknown key {key!r}; did you mean {close[0]!r}?")
+    _check_zero(zero, path)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        config.setdefault(key, "auto")
     # Left out, DeepSpeed clips at 1.0 whatever the run file says, and exports no weights under ZeRO-3.
     config.setdefault("gradient_clipping", "auto")
     if zero.get("stage") == 3:
@@ -150,16 +197,20 @@ def training_arguments(
     train.setdefault("metric_for_best_model", main_metric)
     train.setdefault("greater_is_better", greater_is_better)
     train.setdefault("disable_tqdm", not sys.stderr.isatty())
+    config = {} if run.deepspeed is None else read_ds_config(run.deepspeed)
     if run.deepspeed is not None:
-        config = read_ds_config(run.deepspeed)
         _check_optimizer(train.get("optim", "adamw_torch"), config)
+        _check_agreement(run, train, config)
         train["deepspeed"] = config
     train["output_dir"] = str(checkpoints)
     try:
         args = transformers.TrainingArguments(**train)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"train: {str(error).splitlines()[0]}") from None
-    _ = args.device  # joins the process group
+        _ = args.device  # joins the process group
+        _try_optimizer_and_schedule(args, own_optimizer="optimizer" not in config)
+    except UserError:
+        raise
+    except SETTING_ERRORS as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from None
     if args.n_gpu > 1:
         logger.warning(
             "%d GPUs are visible and one is used; torchrun --nproc-per-node %d -m dist_reg train uses all.",
@@ -173,6 +224,19 @@ def training_arguments(
         # ZeRO-3 shards the model while it is loaded and must know the world's size by then.
         deepspeed.init_distributed(auto_mpi_discovery=False)
     return args
+
+
+def _try_optimizer_and_schedule(args: transformers.TrainingArguments, *, own_optimizer: bool) -> None:
+    """Build the optimizer and the schedule for one weight, so that a wrong option shows before anything is written."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=0.1)
+    if own_optimizer:
+        model: Any = torch.nn.ParameterList([weight])
+        build, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not {"params", "model", "optimizer_dict"} & options.keys():
+            optimizer = build([weight], **options)
+    options: Any = args.lr_scheduler_kwargs
+    transformers.get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, options)
 
 
 def activation_checkpointing_field() -> str:
@@ -214,26 +278,22 @@ def _check_names(train: dict[str, Any]) -> None:
 def _check_values(train: dict[str, Any]) -> None:
     """The plain types of TrainingArguments, which it does not check itself, and rates that would train nothing."""
     hints = typing.get_type_hints(transformers.TrainingArguments)
-    for name, value in train.items():
+    for name, value in list(train.items()):
+        if name in REFUSED and value:
+            raise UserError(f"train.{name} cannot be used: {REFUSED[name]}; leave it out.")
         kinds = set(typing.get_args(hints[name])) or {hints[name]}
         if any(
             kind not in (int, float, bool, str, dict, type(None)) and typing.get_origin(kind) is not dict
             for kind in kinds
         ):
             continue
+        if isinstance(value, bool) and bool not in kinds and str not in kinds:
+            raise UserError(f"train.{name} must be a number; it is {value!r}.")
         try:
-            pydantic.TypeAdapter(hints[name]).validate_python(value)
+            # Kept: in YAML 1.2 the words off and no are texts, and a text is true.
+            train[name] = pydantic.TypeAdapter(hints[name]).validate_python(value)
         except pydantic.ValidationError as error:
             raise UserError(f"train.{name}: {error.errors()[0]['msg'].lower()}; it is {value!r}.") from None
-    if train.get("auto_find_batch_size"):
-        raise UserError(
-            "train.auto_find_batch_size would change batch_size and with it the run; leave it out."
-        )
-    if train.get("save_only_model"):
-        raise UserError(
-            "train.save_only_model would leave a killed run nothing to resume from; leave it out, the exported model "
-            "holds weights alone."
-        )
     strategy = train.get("train_sampling_strategy", "random")
     if strategy not in SAMPLING_STRATEGIES:
         raise UserError(
@@ -245,6 +305,14 @@ def _check_values(train: dict[str, Any]) -> None:
     if train.get("max_steps", -1) == 0:
         raise UserError(
             "train.max_steps is 0, which trains nothing; give a number of steps, or leave it out."
+        )
+    if train.get("max_steps", -1) < 0 and not train["num_train_epochs"] > 0:
+        raise UserError(
+            f"train.num_train_epochs is {train['num_train_epochs']}, which trains nothing; it must be above 0."
+        )
+    if train.get("dataloader_num_workers", 0) < 0:
+        raise UserError(
+            f"train.dataloader_num_workers must be at least 0; it is {train['dataloader_num_workers']}."
         )
     if train["per_device_eval_batch_size"] < 1:
         raise UserError("train.per_device_eval_batch_size must be at least 1.")
@@ -276,8 +344,55 @@ def _batch_fields(run: RunConfig, train: dict[str, Any]) -> dict[str, int]:
     return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
 
 
+def _check_zero(zero: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a `zero_optimization` section that DeepSpeed's own configuration class refuses."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given = {key: value for key, value in zero.items() if value != "auto"}
+    try:
+        DeepSpeedZeroConfig(**given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"deepspeed: {path}: zero_optimization.{key}: {first['msg'].lower()}; it is {first['input']!r}."
+        ) from None
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"deepspeed: {path}: zero_optimization: {' '.join(str(error).split())}") from None
+
+
+def _check_agreement(run: RunConfig, train: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise UserError where the DeepSpeed JSON fixes a number that the run file says otherwise."""
+    ours = {
+        "train_batch_size": ("batch_size", run.batch_size),
+        "train_micro_batch_size_per_gpu": (
+            "train.per_device_train_batch_size",
+            train["per_device_train_batch_size"],
+        ),
+        "gradient_accumulation_steps": (
+            "train.gradient_accumulation_steps",
+            train["gradient_accumulation_steps"],
+        ),
+        "gradient_clipping": ("train.max_grad_norm", train.get("max_grad_norm", 1.0)),
+    }
+    for key, (name, value) in ours.items():
+        if config[key] not in ("auto", value):
+            raise UserError(
+                f"deepspeed: {run.deepspeed} says {key} {config[key]!r} and the run {name} {value}; "
+                'write "auto" there, the run file says it.'
+            )
+
+
 def _check_optimizer(optim: str, config: dict[str, Any]) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage and "optimizer" in config:
+        kind = str(dict(config["optimizer"]).get("type"))
+        if kind.lower() not in ZERO_OPTIMIZERS:
+            raise UserError(
+                f"deepspeed: ZeRO-{stage} cannot shard the optimizer {kind!r}; use one of {', '.join(ZERO_OPTIMIZERS)}, or "
+                "leave the section out and say train.optim."
+            )
+        return
     name = str(getattr(optim, "value", optim))
     if stage and name not in ELEMENTWISE_OPTIMIZERS:
         raise UserError(

@@ -150,10 +150,23 @@ def test_two_tasks_with_two_metrics_each_get_their_name(tmp_path):
     assert "mcc" in note
 
 
+def test_models_whose_folders_share_a_name_are_not_averaged(tmp_path):
+    runs = [result(0.8, model="one/model"), result(0.6, model="two/model", seed=1)]
+    groups = report.group(report.read_results(store(tmp_path, runs)))
+    assert [(entry.model, len(entry.runs)) for entry in groups] == [("one/model", 1), ("two/model", 1)]
+
+
+def test_the_same_seeds_twice_are_one_run(tmp_path, caplog):
+    runs = [result(0.8), result(0.8), result(0.7, data_seed=1), result(0.6, seed=1)]
+    (entry,) = report.group(report.read_results(store(tmp_path, runs)))
+    assert entry.scores("dev") == [0.8, 0.7, 0.6]
+    assert "plain of sst2 with seed 0 and data seed None is there more than once" in caplog.text
+
+
 def test_negative_scores_can_be_drawn(tmp_path):
     runs = [
-        result(-0.2, task="cola", main_metric="mcc", metrics={"dev": {"mcc": value}})
-        for value in (-0.4, -0.3)
+        result(-0.2, seed=seed, task="cola", main_metric="mcc", metrics={"dev": {"mcc": value}})
+        for seed, value in enumerate((-0.4, -0.3))
     ]
     groups = report.group(report.read_results(store(tmp_path, runs)))
     assert report.rows(groups)[0]["dev_mean"] == pytest.approx(-0.35)

@@ -39,6 +39,11 @@ def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+def ours(caplog) -> list[str]:
+    """Our own warnings; Transformers has some that depend on what ran before in this process."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("dist_reg")]
+
+
 def draw(count: int, *_) -> None:
     torch.rand(count)
 
@@ -65,13 +70,13 @@ def test_the_column_of_ids_keys_the_noise_whatever_collates_the_batch(tmp_path, 
 def test_batches_without_ids_are_warned_about_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dist_reg.trainer"):
         losses(Trainer(build("bert"), arguments(tmp_path), methods=[HyPe()], train_dataset=rows(ids=False)))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "the batches hold no example_ids" in caplog.text
+    (warning,) = ours(caplog)
+    assert "the batches hold no example_ids" in warning
 
 
 def test_plain_training_without_ids_is_not_warned_about(tmp_path, caplog):
     losses(Trainer(build("bert"), arguments(tmp_path), train_dataset=rows(ids=False)))
-    assert not caplog.records
+    assert not ours(caplog)
 
 
 def test_a_trainer_that_cannot_be_built_leaves_the_model_alone(tmp_path):

@@ -14,6 +14,7 @@ from dist_reg.errors import UserError
 from dist_reg.training_args import (
     DEFAULTS,
     ELEMENTWISE_OPTIMIZERS,
+    REFUSED,
     RENAMED,
     WITHOUT_EFFECT,
     _batch_fields,
@@ -268,7 +269,10 @@ def test_partition_size_is_the_nodes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("train", "text"),
     [
-        ({"save_only_model": True}, "train.save_only_model would leave a killed run nothing to resume from"),
+        (
+            {"save_only_model": True},
+            "train.save_only_model cannot be used: it would leave a killed run nothing to resume from",
+        ),
         (
             {"train_sampling_strategy": "group_by_length"},
             "train.train_sampling_strategy cannot be 'group_by_length'",
@@ -283,4 +287,97 @@ def test_partition_size_is_the_nodes(tmp_path, monkeypatch):
 def test_fields_that_would_break_resume_or_do_nothing_are_refused(tmp_path, train, text):
     with pytest.raises(UserError) as error:
         training_arguments(make(train=train), tmp_path, main_metric="loss", greater_is_better=False)
+    assert text in sentence(error)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_contradict_a_run_are_refused(tmp_path, name):
+    assert name in field_names()
+    with pytest.raises(UserError, match=f"train.{name} cannot be used: "):
+        training_arguments(make(train={name: True}), tmp_path, main_metric="loss", greater_is_better=False)
+
+
+def test_values_are_taken_as_what_they_mean(tmp_path):
+    """YAML 1.2 reads off and no as texts, and quotes make any number one."""
+    train = {"load_best_model_at_end": "no", "bf16": "off", "max_steps": "4", "learning_rate": "1e-3"}
+    args = training_arguments(
+        make(train={**train, "seed": 1.0}), tmp_path, main_metric="loss", greater_is_better=False
+    )
+    assert (args.load_best_model_at_end, args.bf16, args.max_steps) == (False, False, 4)
+    assert (args.learning_rate, args.seed) == (1e-3, 1)
+
+
+@pytest.mark.parametrize(
+    ("train", "text"),
+    [
+        ({"seed": True}, "train.seed must be a number; it is True"),
+        ({"num_train_epochs": 0}, "train.num_train_epochs is 0.0, which trains nothing"),
+        ({"dataloader_num_workers": -1}, "train.dataloader_num_workers must be at least 0"),
+        ({"lr_scheduler_kwargs": {"foo": 3}}, "foo"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"adam_beta1": 2.0}, "beta"),
+        ({"optim_args": "foo"}, "train: "),
+        ({"eval_strategy": "steps", "save_strategy": "epoch"}, "Evaluation strategy"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_values_that_cannot_be_are_one_sentence_before_anything_is_written(tmp_path, train, text):
+    with pytest.raises(UserError) as error:
+        training_arguments(make(train=train), tmp_path / "out", main_metric="loss", greater_is_better=False)
+    assert text in sentence(error)
+    assert not (tmp_path / "out").exists()
+
+
+# -- a DeepSpeed configuration of one's own
+
+
+def ds_run(folder: Path, config: dict, **fields: Any) -> RunConfig:
+    path = folder / "my ds.json"
+    path.write_text(json.dumps(config))
+    return make(deepspeed=str(path), **fields)
+
+
+def test_the_smallest_deepspeed_file_is_enough(tmp_path):
+    config = read_ds_config(ds_run(tmp_path, {"zero_optimization": {"stage": 2}}).deepspeed)
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
+        assert config[key] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"zero_optimization": {"stage": 5}}, "zero_optimization"),
+        ({"zero_optimization": {"stage": "x"}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"gradient_cliping": 1}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
+    ],
+    ids=["stage 5", "stage x", "zero key", "top key"],
+)
+def test_a_mistake_in_a_deepspeed_file_is_one_sentence(tmp_path, config, text):
+    with pytest.raises(UserError) as error:
+        read_ds_config(ds_run(tmp_path, config).deepspeed)
+    assert text in sentence(error)
+    assert "my ds.json" in sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu 3"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping 0.5 and the run train.max_grad_norm 1.0"),
+        (
+            {"zero_optimization": {"stage": 2}, "optimizer": {"type": "OneBitAdam"}},
+            "ZeRO-2 cannot shard the optimizer 'OneBitAdam'",
+        ),
+    ],
+    ids=["micro-batch", "clipping", "optimizer"],
+)
+def test_a_deepspeed_file_that_disagrees_with_the_run_is_refused(tmp_path, config, text):
+    with pytest.raises(UserError) as error:
+        training_arguments(ds_run(tmp_path, config), tmp_path, main_metric="loss", greater_is_better=False)
     assert text in sentence(error)

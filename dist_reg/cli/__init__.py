@@ -74,6 +74,9 @@ def run_command() -> int:
     except UserError as error:
         _say(f"error: {error}")
         code = 2
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
     except click.ClickException as error:
         message = error.format_message()
         _say(f"error: {message[0].lower()}{' '.join(message[1:].replace('. Did', '; did').split())}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dist_reg.errors import UserError, make_folder
 from dist_reg.rundir import RESULTS
 from dist_reg.runtime import stop_tree
 
+BATCH = 32
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain-no-dropout": {"model": {"name": "minilm", "config": {"hidden_dropout_prob": 0.0}}},
@@ -37,6 +39,8 @@ def command(out: Path, processes: int) -> None:
     """
     from dist_reg.cli.report import show
 
+    if BATCH % processes:
+        raise UserError(f"--processes must divide the batch of {BATCH} examples; it is {processes}.")
     console = Console()
     make_folder(out, "--out")
     start, trained = time.perf_counter(), 0
@@ -54,12 +58,13 @@ def command(out: Path, processes: int) -> None:
         f"\nthree runs in {minutes:.1f} minutes\n" if trained == len(VARIANTS) else "", highlight=False
     )
     show(out)
+    command = "dist-reg" if shutil.which("dist-reg") else os.path.relpath(sys.argv[0])
     console.print(
         "\nOne seed says little. Next:\n"
-        f"  dist-reg train {out / 'hype.yaml'} train.seed=1 train.output_dir={out / 'hype-seed1'}\n"
-        "  dist-reg train RUN.yaml          your own data: see examples/ and the README\n"
-        "  dist-reg methods                 what else there is\n"
-        "  dist-reg doctor                  what this machine can do",
+        f"  {command} train {out / 'hype.yaml'} train.seed=1 train.output_dir={out / 'hype-seed1'}\n"
+        f"  {command} train RUN.yaml          your own data: see examples/ and the README\n"
+        f"  {command} methods                 what else there is\n"
+        f"  {command} doctor                  what this machine can do",
         highlight=False,
         soft_wrap=True,
     )
@@ -72,7 +77,7 @@ def run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "task": "demo",
         "data": {"max_length": 64},
         "methods": [],
-        "batch_size": 32,
+        "batch_size": BATCH,
         "train": {
             "learning_rate": 2e-4,
             "num_train_epochs": 4,

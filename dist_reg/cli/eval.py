@@ -12,6 +12,8 @@ from dist_reg.config import RunConfig, load_run
 from dist_reg.errors import UserError, reason
 from dist_reg.rundir import RUN_FILE
 
+OVERRIDES = ("task", "data", "model.trust_remote_code", "model.layers_path")
+
 
 @click.command("eval")
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
@@ -29,6 +31,12 @@ def command(model: Path, overrides: tuple[str, ...], run_file: Path | None, out:
         raise UserError(
             f"eval: {model} has no {RUN_FILE} beside it; give --run RUN.yaml, which says task and data."
         )
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in OVERRIDES and not key.startswith("data."):
+            raise UserError(
+                f"eval: {key} has no effect on an evaluation; what has is data.* and {', '.join(OVERRIDES)}."
+            )
     scores = evaluate(folder, load_run(run_file, overrides))
     from dist_reg.run import say_scores
 
@@ -63,6 +71,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
 
     from dist_reg.config import ModelConfig
     from dist_reg.model import load_model
+    from dist_reg.run import check_length
     from dist_reg.run import evaluate as evaluate_sets
     from dist_reg.runtime import prepare_process
     from dist_reg.tasks import load_task
@@ -72,6 +81,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     task = load_task(run.task, run.data)
     source = ModelConfig(name=str(folder), trust_remote_code=run.model.trust_remote_code)
     model, tokenizer = load_model(source, task.model_class, seed=0)
+    check_length(model, run.data.max_length, "data.max_length")
     fresh: Any = model.fresh_parameters
     if fresh:
         raise UserError(f"eval: {folder} holds no trained {fresh[0]}; give a fine-tuned model.")

@@ -151,7 +151,11 @@ def read_glue(name: str, split: str, data_dir: str | None, file: str | None = No
     if split not in known:
         raise UserError(f"task {name} has no split {split!r}; {nearest(split, known)}")
     if file is not None or data_dir is not None:
-        path = Path(file) if file is not None else _find(task, Path(data_dir or "."), files[split])
+        path = (
+            Path(file).expanduser()
+            if file is not None
+            else _find(task, Path(data_dir or ".").expanduser(), files[split])
+        )
         table = read_table(
             path,
             quoting=False,

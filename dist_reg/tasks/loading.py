@@ -211,9 +211,9 @@ def _own_table(kind: str, split: str, value: str | None, hub_split: str, config:
 
 
 def _path(file: str | None, data_dir: str | None) -> str | None:
-    if file is None or data_dir is None:
-        return file
-    return str(Path(data_dir) / file)
+    if file is None:
+        return None
+    return str(Path(data_dir or "").expanduser() / Path(file).expanduser())
 
 
 def _refuse(config: DataConfig, task: str, names: tuple[str, ...], reason: str) -> None:

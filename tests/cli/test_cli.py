@@ -16,6 +16,7 @@ from dist_reg import __version__
 from dist_reg.cli import COMMANDS, run_command
 from dist_reg.methods import METHODS
 from tests.distributed.launch import run
+from tests.tiny import save_tiny
 
 IMPORTED = """
 import json, sys
@@ -178,3 +179,43 @@ def test_doctor_says_what_to_install(monkeypatch):
     code, out, _ = call("doctor")
     assert code == 1
     assert "pip install deepspeed" in words(out)
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]], ids=["dist-reg", "bench"])
+def test_without_a_command_the_help_is_readable(arguments):
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.splitlines()[0].startswith("Usage: ")
+    assert "Commands:" in err.splitlines()
+
+
+def test_methods_of_the_step_benchmark_take_options_by_name():
+    code, _, err = call("bench", "step", "--methods", "hype: 3")
+    assert code == 2
+    assert "methods.hype takes options by name" in err
+
+
+def test_step_benchmark_of_more_tokens_than_the_model_has(tmp_path):
+    save_tiny(tmp_path / "model", num_labels=2)
+    code, _, err = call("bench", "step", "--model", str(tmp_path / "model"), "--length", "1000")
+    assert code == 2
+    assert "--length is 1000, but the model takes at most" in err
+
+
+def test_step_benchmark_to_its_table(tmp_path):
+    save_tiny(tmp_path / "model", num_labels=2)
+    options = ["--model", str(tmp_path / "model"), "--length", "8", "--batch-size", "2", "--steps", "3"]
+    code, out, err = call("bench", "step", *options, "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "step.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["plain", "plain, no dropout", "hype, no dropout", "hype"]
+    for row in rows:
+        assert row["variant"] in out
+        assert row["quartile_low_ms"] <= row["median_ms"] <= row["quartile_high_ms"]
+
+
+def test_demo_needs_processes_that_divide_its_batch(tmp_path):
+    code, _, err = call("demo", "--processes", "3", "--out", str(tmp_path / "demo"))
+    assert code == 2
+    assert "--processes must divide the batch of 32 examples; it is 3" in err
+    assert not (tmp_path / "demo").exists()

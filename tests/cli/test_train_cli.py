@@ -567,6 +567,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "upload while offline": (["train.push_to_hub=true"], "error: train.push_to_hub"),
     "empty name of a file": (["data.train=''"], "data.train"),
     "0 steps": (["train.max_steps=0"], "max_steps"),
+    "0 epochs": (["train.max_steps=-1", "train.num_train_epochs=0"], "num_train_epochs"),
+    "misspelt required key": (["early_stopping.patence=1"], "unknown key 'early_stopping.patence'; did you mean"),
+    "unknown scheduler option": (["train.lr_scheduler_kwargs={foo: 3}"], "foo"),
+    "unknown logger": (["train.report_to=foo"], "foo"),
+    "unknown log level": (["train.log_level=foo"], "foo"),
+    "adam beta": (["train.adam_beta1=2"], "beta"),
+    "fsdp": (["train.fsdp=full_shard"], "train.fsdp"),
+    "loader workers": (["train.dataloader_num_workers=-1"], "dataloader_num_workers"),
+    "metrics by batch": (["train.batch_eval_metrics=true"], "batch_eval_metrics"),
     "missing logger": (["train.report_to=wandb"], "wandb"),
     "missing optimizer": (["train.optim=lomo"], "lomo"),
     "output a list": (["train.output_dir=[a]"], "output_dir"),
@@ -681,6 +690,61 @@ def test_disk_full_at_the_very_start_does_not_block_the_folder(fresh):
     assert called.code == 2, called.err
     assert "out cannot be written: File too large" in called.error
     assert call("train", "run.yaml", cwd=fresh).code == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rte=1", "unknown key 'learning_rte'"),
+        ("deepspeed=zero9", "unknown configuration 'zero9'"),
+        ("task=clasification", "did you mean 'classification'?"),
+        ("data.train=trian.jsonl", "trian.jsonl does not exist"),
+    ],
+)
+def test_a_typo_in_a_folder_with_a_run_is_named_as_such(finished, override, expected):
+    called = call("train", "run.yaml", override, cwd=finished)
+    assert called.code == 2
+    assert expected in called.error
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_keep_the_folder(fresh, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no step was taken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_reg.run.train_in", broken)
+        with pytest.raises(RuntimeError, match="no step was taken"):
+            call("train", "run.yaml", "train.learning_rate=1e-5", cwd=fresh)
+    assert call("train", "run.yaml", cwd=fresh).code == 0
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"metrics": 3}'])
+def test_damaged_results_are_named(finished, content):
+    (finished / "out" / "results.json").write_text(content)
+    called = call("train", "run.yaml", cwd=finished)
+    assert called.code == 2
+    assert "results.json is damaged; remove it" in called.error
+
+
+@pytest.mark.parametrize("override", ["train.learning_rate=1", "model=nope", "methods.hype.sigma=3"])
+def test_eval_refuses_overrides_that_it_would_ignore(finished, override):
+    called = call("eval", "out", override, cwd=finished)
+    assert called.code == 2
+    assert f"{override.partition('=')[0]} has no effect on an evaluation" in called.error
+
+
+def test_eval_of_inputs_longer_than_the_model(finished):
+    called = call("eval", "out", "data.max_length=1000", cwd=finished)
+    assert called.code == 2
+    assert "data.max_length is 1000, but the model takes at most" in called.error
+
+
+def test_home_folders_are_understood(fresh, monkeypatch):
+    monkeypatch.setenv("HOME", str(fresh))
+    called = call("train", "run.yaml", "train.output_dir=~/mine", "data.train=~/train.jsonl", cwd=fresh)
+    assert called.code == 0, called.err
+    assert (fresh / "mine" / "results.json").is_file()
+    assert not (fresh / "~").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(fresh):

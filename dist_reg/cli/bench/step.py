@@ -36,10 +36,12 @@ from dist_reg.methods import METHODS
 def step(methods: str, model: str, batch_size: int, length: int, steps: int, out: Path | None) -> None:
     """Time a whole training step (forward, backward, AdamW), the variants taking turns."""
     from dist_reg.provenance import provenance
+    from dist_reg.run import check_length
 
     if out is not None:
         make_folder(out, "--out")
     variants = build_variants(methods, model)
+    check_length(variants["plain"][1], length, "--length")
     rows = measure(variants, batch_size, length, steps)
     table = Table(
         "variant", "median ms", "quartiles ms", "vs same dropout", "vs dropout 0.1", box=None, pad_edge=False
@@ -90,6 +92,7 @@ def build_variants(methods: str, model: str) -> dict[str, tuple[str, Any]]:
     for entry in normalise({"methods": raw}, "--methods")["methods"]:
         for name, options in entry.items():
             label = name + (f" {options}" if options else "")
+            build_method(name, options)
             for choice in dropout_choices(name, options):
                 model_copy = copy.deepcopy(base)
                 regularize(model_copy, [build_method(name, {**options, **choice})], seed=0)
