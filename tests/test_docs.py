@@ -9,8 +9,8 @@ import pytest
 
 from dist_reg.cli import COMMANDS
 from dist_reg.config import load_run
+from dist_reg.ds_config import shipped_ds_configs
 from dist_reg.methods import METHODS
-from dist_reg.training_args import shipped_ds_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

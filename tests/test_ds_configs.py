@@ -13,7 +13,7 @@ import pytest
 import transformers
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from dist_reg.training_args import read_ds_config
+from dist_reg.ds_config import read_ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -10,21 +10,23 @@ import pytest
 from transformers.training_args import OptimizerNames
 
 from dist_reg.config import ModelConfig, RunConfig
+from dist_reg.ds_config import (
+    ELEMENTWISE_OPTIMIZERS,
+    check_optimizer,
+    ds_config_path,
+    read_ds_config,
+    shipped_ds_configs,
+)
 from dist_reg.errors import UserError
 from dist_reg.training_args import (
     DEFAULTS,
-    ELEMENTWISE_OPTIMIZERS,
     REFUSED,
     RENAMED,
     WITHOUT_EFFECT,
     _batch_fields,
     _check_names,
-    _check_optimizer,
     activation_checkpointing_field,
-    ds_config_path,
     field_names,
-    read_ds_config,
-    shipped_ds_configs,
     training_arguments,
 )
 
@@ -201,18 +203,18 @@ def test_arguments_of_a_small_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("optim", sorted(ELEMENTWISE_OPTIMIZERS & {name.value for name in OptimizerNames}))
 @pytest.mark.parametrize("stage", [1, 3])
 def test_elementwise_optimizer_is_accepted(optim, stage):
-    _check_optimizer(optim, {"zero_optimization": {"stage": stage}})
-    _check_optimizer(OptimizerNames(optim), {"zero_optimization": {"stage": stage}})
+    check_optimizer(optim, {"zero_optimization": {"stage": stage}})
+    check_optimizer(OptimizerNames(optim), {"zero_optimization": {"stage": stage}})
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "lomo", "apollo_adamw", "adalomo"])
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
 def test_optimizer_that_needs_whole_matrices_is_refused(optim, name):
     with pytest.raises(UserError, match=f"train.optim: ZeRO-{name[-1]} cannot shard '{optim}'") as error:
-        _check_optimizer(optim, read_ds_config(name))
+        check_optimizer(optim, read_ds_config(name))
     assert "adamw_torch" in sentence(error)
-    _check_optimizer(optim, {"zero_optimization": {"stage": 0}})
-    _check_optimizer(optim, {})
+    check_optimizer(optim, {"zero_optimization": {"stage": 0}})
+    check_optimizer(optim, {})
 
 
 def test_optimizer_is_refused_by_training_arguments(tmp_path):
@@ -251,7 +253,7 @@ def test_broken_deepspeed_file(tmp_path, text, message):
     path = tmp_path / "own.json"
     path.write_text(text)
     with pytest.raises(UserError, match="deepspeed: ") as error:
-        _check_optimizer("adamw_torch", read_ds_config(str(path)))
+        check_optimizer("adamw_torch", read_ds_config(str(path)))
     assert message in sentence(error)
     assert str(path) in sentence(error)
 
