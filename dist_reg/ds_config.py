@@ -93,6 +93,8 @@ def read_ds_config(name: str) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f'deepspeed: {path}: zero_optimization must be an object such as {{"stage": 2}}.')
+    if not isinstance(config.get("optimizer", {}), dict):
+        raise UserError(f'deepspeed: {path}: optimizer must be an object such as {{"type": "AdamW"}}.')
     for key in config:
         close = difflib.get_close_matches(key, DS_KEYS, n=1, cutoff=0.85)
         if close and key not in DS_KEYS:
@@ -149,9 +151,10 @@ def check_agreement(run: RunConfig, train: dict[str, Any], config: dict[str, Any
 
 
 def check_optimizer(optim: str, config: dict[str, Any]) -> None:
+    """Raise UserError for an optimizer, the run's `train.optim` or the JSON's own, whose state ZeRO cannot shard."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage and "optimizer" in config:
-        kind = str(dict(config["optimizer"]).get("type"))
+        kind = str(config["optimizer"].get("type"))
         if kind.lower() not in ZERO_OPTIMIZERS:
             raise UserError(
                 f"deepspeed: ZeRO-{stage} cannot shard the optimizer {kind!r}; use one of {', '.join(ZERO_OPTIMIZERS)}, or "

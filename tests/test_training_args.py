@@ -356,9 +356,10 @@ def test_the_smallest_deepspeed_file_is_enough(tmp_path):
         ({"zero_optimization": {"stage": 5}}, "zero_optimization"),
         ({"zero_optimization": {"stage": "x"}}, "zero_optimization.stage"),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"optimizer": "AdamW"}, "optimizer must be an object"),
         ({"gradient_cliping": 1}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
     ],
-    ids=["stage 5", "stage x", "zero key", "top key"],
+    ids=["stage 5", "stage x", "zero key", "optimizer", "top key"],
 )
 def test_a_mistake_in_a_deepspeed_file_is_one_sentence(tmp_path, config, text):
     with pytest.raises(UserError) as error:
