@@ -15,16 +15,22 @@ _HOMES = {
     "UserError": "dist_reg.errors",
     "METHODS": "dist_reg.methods",
     "HyPe": "dist_reg.methods.hype",
+    "LNSR": "dist_reg.methods.lnsr",
+    "R3F": "dist_reg.methods.r3f",
+    "RDrop": "dist_reg.methods.rdrop",
     "Method": "dist_reg.methods.base",
     "example_keys": "dist_reg.noise",
     "Trainer": "dist_reg.trainer",
 }
 
 __all__ = [
+    "LNSR",
     "METHODS",
+    "R3F",
     "Handle",
     "HyPe",
     "Method",
+    "RDrop",
     "Trainer",
     "UserError",
     "__version__",
@@ -40,6 +46,9 @@ if TYPE_CHECKING:
     from dist_reg.methods import METHODS
     from dist_reg.methods.base import Method
     from dist_reg.methods.hype import HyPe
+    from dist_reg.methods.lnsr import LNSR
+    from dist_reg.methods.r3f import R3F
+    from dist_reg.methods.rdrop import RDrop
     from dist_reg.noise import example_keys
     from dist_reg.trainer import Trainer
 

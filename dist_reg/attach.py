@@ -6,12 +6,9 @@ methods' terms, and registers forward hooks on the layers that a method asked fo
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 import functools
-import inspect
 import logging
-import textwrap
-import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,19 +16,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from dist_reg import streams
 from dist_reg.backbone import (
     find_backbone,
     first_output,
     hidden_argument,
     hidden_dropouts,
+    modules_between,
     replace_first_output,
     replace_hidden,
     sub_blocks,
 )
 from dist_reg.errors import UserError
+from dist_reg.forward import (
+    hands_arguments_to_its_loss,
+    inner_model,
+    parameter_names,
+    restore_forward,
+    wrap_forward,
+)
+from dist_reg.fusion import Fusion
+from dist_reg.layer_noise import LayerNoise
 from dist_reg.methods.base import Method, Step, Transform
+from dist_reg.model import whole_parameter
 from dist_reg.noise import draw_example_keys, token_spans
+from dist_reg.streams import TwinStream, example_weights, label_kind
+from dist_reg.terms import Means, add_terms, diagnostics
 
 logger = logging.getLogger(__name__)
 
@@ -78,23 +90,35 @@ class Handle:
         self.measure: bool | None = None
         """Whether the next forwards take the diagnostics that cost something; None: one in `MEASURE_EVERY`."""
         self.backbone = find_backbone(model, layers_path)
-        self._parameters = _parameters(model)
+        self._parameters = parameter_names(model)
         self._inputs: dict[int, list[Transform]] = defaultdict(list)
         self._betweens: dict[int, list[Transform]] = defaultdict(list)
+        self._embeddings: list[Callable[[Tensor, Tensor, Tensor, Step], Tensor]] = []
+        self._stream: TwinStream | None = None
+        self._reparametrised: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
+        self._attaching = ""
+        inner = inner_model(model)
+        self._takes_cache = "use_cache" in parameter_names(inner)
+        self._counts_items = hands_arguments_to_its_loss(inner)
+        # A model that names no loss gets that of causal language models, as GPT-2's does.
+        self._next_token = self._counts_items and getattr(inner, "loss_type", "") in (None, "ForCausalLM")
+        self._outputs_are_read = False
         self._undo: list[Callable[[], None]] = []
         self._step: Step | None = None
         """The forward that is under way, if one is."""
         self._last_step: Step | None = None
         self._layer_steps: dict[int, Step | None] = {}
         self._forwards = 0
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._means = Means()
         self._warned: set[str] = set()
         try:
             for method in self.methods:
+                self._attaching = method.name
                 method.attach(self)
+            self._fusion = Fusion(self.backbone, self._inputs, self._layer_steps, self._outputs_are_read)
             self._hook_layers()
-            self._own_the_loss()
+            self._undo.append(wrap_forward(model, self))
+            self._declare_loss_scaling()
         except BaseException:
             self.remove()
             raise
@@ -104,6 +128,12 @@ class Handle:
     def transform_input(self, layer: int, transform: Transform) -> None:
         self._inputs[layer].append(transform)
 
+    def add_noise(self, layer: int, noise: LayerNoise) -> None:
+        self._inputs[layer].append(noise)
+
+    def reads_outputs(self) -> None:
+        self._outputs_are_read = True
+
     def transform_between(self, layer: int, transform: Transform) -> None:
         if not self.backbone.between:
             raise UserError(
@@ -111,6 +141,48 @@ class Handle:
                 "use site: input."
             )
         self._betweens[layer].append(transform)
+
+    def watch_embeddings(self, watch: Callable[[Tensor, Tensor, Tensor, Step], Tensor]) -> None:
+        self._embeddings.append(watch)
+
+    def fork(self, layer: int, make_twin: Transform, *, same_dropout: bool) -> None:
+        if same_dropout:
+            config = getattr(self.backbone.base, "config", None)
+            streams.check_dropout_can_be_shared(config, self.backbone.layers[layer])
+        between = modules_between(self.backbone)
+        if layer == 0 and between:
+            raise UserError(
+                f"{self._attaching}: {between[0]} joins the first layer's input with its output, so the stream cannot "
+                "fork there; use layer: 1 or above."
+            )
+        self._open_stream(TwinStream(self._attaching, layer, make_twin, same_dropout=same_dropout))
+        self.reads_outputs()
+
+    def compare(self, state: int, weight: float, *, detach_clean: bool) -> None:
+        assert self._stream is not None
+        self._stream.compared[state] = weight, detach_clean
+
+    def double_inputs(self, *, second_labels: bool) -> None:
+        if not second_labels and getattr(self.backbone.base.config, "is_encoder_decoder", False):
+            raise UserError(
+                f"{self._attaching} leaves the second half without labels, from which an encoder-decoder makes its "
+                "decoder's inputs; it is for encoders and decoders."
+            )
+        self._open_stream(TwinStream(self._attaching, counts_second=second_labels))
+
+    def reparametrise(self, linear: nn.Linear, function: Callable[[Tensor], Tensor]) -> None:
+        own: Any = linear
+        previous = own.__dict__.get("forward")
+        own.forward = functools.partial(_linear, own, function)
+        self._undo.append(functools.partial(restore_forward, own, own.forward, previous))
+        self._reparametrised.append((linear, function))
+
+    def _open_stream(self, stream: TwinStream) -> None:
+        if self._stream is not None:
+            raise UserError(
+                f"methods: {self._stream.owner} and {stream.owner} both run a second stream; keep one of them."
+            )
+        self._stream = stream
 
     def disable_hidden_dropout(self) -> None:
         dropouts: Any = hidden_dropouts(self.model)
@@ -122,16 +194,26 @@ class Handle:
 
     def metrics(self) -> dict[str, float]:
         """Means over the training forwards since the last call: `task_loss`, each method's terms, diagnostics."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
+        means = self._means.take()
         self._warn(means)
         return means
+
+    def bake(self) -> None:
+        """Make what a method computes from a weight that weight itself, and take everything off: for the export.
+
+        Under ZeRO-3 every process calls this.
+        """
+        for linear, function in self._reparametrised:
+            weight: Any = linear.weight
+            with whole_parameter(weight), torch.no_grad():
+                weight.copy_(function(weight))
+        self.remove()
 
     def remove(self) -> None:
         """Take everything off; the model is what it was, bit for bit. Calling it twice is harmless."""
         while self._undo:
             self._undo.pop()()
+        self._reparametrised.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -142,22 +224,60 @@ class Handle:
     # -- hooks
 
     def _hook_layers(self) -> None:
-        for layer in sorted(self._inputs.keys() | self._betweens.keys()):
-            module = self.backbone.layers[layer]
-            hook = module.register_forward_pre_hook(
-                functools.partial(self._enter_layer, layer), with_kwargs=True
-            )
-            self._undo.append(hook.remove)
-        for layer, transforms in self._betweens.items():
-            hook = self.backbone.between[layer].register_forward_hook(
-                functools.partial(self._between, layer, transforms)
-            )
-            self._undo.append(hook.remove)
-            for part in sub_blocks(self.backbone.layers[layer]):
-                hook = part.register_forward_pre_hook(
-                    functools.partial(self._enter_part, layer), with_kwargs=True
+        layers = self.backbone.layers
+        forked = range(0)
+        if self._stream is not None and self._stream.layer is not None:
+            forked = range(self._stream.layer, len(layers))
+            self._hook(layers[-1].register_forward_hook(self._leave_last_layer))
+        sharing = forked if self._stream is not None and self._stream.same_dropout else range(0)
+        base: Any = self.backbone.base
+        if self._embeddings:
+            self._hook(base.get_input_embeddings().register_forward_hook(self._leave_embeddings))
+        if self._fusion.closing:
+            self._hook(base.register_forward_pre_hook(self._fusion.enter_model, with_kwargs=True))
+        self._undo.append(self._fusion.remove)
+        self._fusion.install()
+        inside = {*self._betweens, *self._fusion.closing, *sharing}
+        for layer in sorted({*self._inputs, *inside, *forked}):
+            self._hook(
+                layers[layer].register_forward_pre_hook(
+                    functools.partial(self._enter_layer, layer), with_kwargs=True
                 )
-                self._undo.append(hook.remove)
+            )
+        for layer, transforms in self._betweens.items():
+            self._hook(
+                self.backbone.between[layer].register_forward_hook(
+                    functools.partial(self._between, layer, transforms)
+                )
+            )
+        for layer in sorted(inside):
+            for part in sub_blocks(layers[layer]):
+                self._hook(
+                    part.register_forward_pre_hook(
+                        functools.partial(self._enter_part, layer), with_kwargs=True
+                    )
+                )
+        for layer in sharing:
+            self._share_dropout(layer)
+
+    def _hook(self, hook: RemovableHandle) -> None:
+        self._undo.append(hook.remove)
+
+    def _share_dropout(self, layer: int) -> None:
+        """Run the parts of `layer`, which a recomputation reruns too, with the clean half's dropout in both halves."""
+        for part in sub_blocks(self.backbone.layers[layer]):
+            own: Any = part
+            previous = own.__dict__.get("forward")
+            own.forward = functools.partial(self._run_part, layer, own, previous)
+            self._undo.append(functools.partial(restore_forward, own, own.forward, previous))
+
+    def _run_part(self, layer: int, part: nn.Module, previous: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(type(part).forward, part) if previous is None else previous
+        step = self._layer_steps.get(layer)
+        if step is None:
+            return call(*args, **kwargs)
+        with streams.SharedDropout(step.batch, step.tokens):
+            return call(*args, **kwargs)
 
     def _enter_part(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """In a recomputation that does not pass `_enter_layer`, find the forward it belongs to.
@@ -174,6 +294,11 @@ class Handle:
 
     def _enter_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if not module.training:
+            if self._stream is not None and self._step is not None:
+                raise UserError(
+                    f"layer {layer} is in eval mode while the model trains, so {self._stream.owner}'s second stream would "
+                    "end there; call model.train()."
+                )
             self._layer_steps[layer] = None
             return None
         hidden_states = hidden_argument(args, kwargs)
@@ -186,11 +311,46 @@ class Handle:
                 f"layer {layer} reads {hidden_states.shape[1]} tokens where the model was given {step.tokens} (prompt "
                 "tuning prepends some), so the noise would land on the wrong ones."
             )
-        for transform in self._inputs.get(layer, ()):
-            hidden_states = transform(hidden_states, step)
-        entering: Any = hidden_states
+        stream = self._stream
+        forks = stream is not None and layer == stream.layer
+        entering: Any = None
+        if stream is not None and layer in stream.compared:
+            noise = self._fusion.noises.get(layer)
+            hidden_states = stream.compare(layer, hidden_states, step, noise)
+            entering = None if noise is None else hidden_states
+        if entering is None and not forks:
+            entering = self._fusion.enter_layer(layer, hidden_states, step.of(hidden_states))
+        if entering is None:
+            entering = hidden_states
+            for transform in self._inputs.get(layer, ()):
+                entering = transform(entering, step.of(entering))
+        if forks and stream.make_twin is not None:
+            entering = stream.make_twin(entering, step)
         entering._dist_reg_step = step
-        return replace_hidden(args, kwargs, entering)
+        args, kwargs = replace_hidden(args, kwargs, entering)
+        if stream is not None and stream.layer is not None and layer >= stream.layer:
+            streams.refuse_reentrant(module)
+            known = step.doubled if step.under_way else {}
+            args, kwargs = streams.double_arguments(module, args, kwargs, step.batch, step.tokens, known)
+        return args, kwargs
+
+    def _leave_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        step = self._layer_steps.get(len(self.backbone.layers) - 1)
+        stream = self._stream
+        if not module.training or step is None or stream is None:
+            return None
+        hidden_states = first_output(output)
+        last = len(self.backbone.layers)
+        if last in stream.compared:
+            hidden_states = stream.compare(last, hidden_states, step, None)
+        return replace_first_output(output, hidden_states[: step.batch])
+
+    def _leave_embeddings(self, module: Any, args: tuple, output: Tensor) -> Tensor | None:
+        if self._step is None or not args:
+            return None
+        for watch in self._embeddings:
+            output = watch(output, args[0], module.weight, self._step)
+        return output
 
     def _between(
         self, layer: int, transforms: list[Transform], module: nn.Module, args: tuple, output: Any
@@ -200,7 +360,7 @@ class Handle:
             return None
         hidden_states = first_output(output)
         for transform in transforms:
-            hidden_states = transform(hidden_states, step)
+            hidden_states = transform(hidden_states, step.of(hidden_states))
         return replace_first_output(output, hidden_states)
 
     def _step_of(self, hidden_states: Any) -> Step | None:
@@ -223,44 +383,19 @@ class Handle:
 
     # -- the model's forward
 
-    def _own_the_loss(self) -> None:
-        model: Any = self.model
-        original = model.forward
-        previous = model.__dict__.get("forward")
-        signature = inspect.signature(original)
-
-        # A bound method that reaches everything through its module, so that a deep copy of the model is whole.
-        def regularised(module: Any, *args: Any, example_keys: Tensor | None = None, **kwargs: Any) -> Any:
-            call = functools.partial(type(module).forward, module) if previous is None else previous
-            handle = getattr(module, "_dist_reg_handle", None)
-            if handle is None or not module.training:
-                return call(*args, **kwargs)
-            step = handle._begin(args, kwargs, example_keys)
-            try:
-                outputs = handle._add_terms(call(*args, **kwargs), step)
-            finally:
-                handle._step = None
-            handle._forwards += 1
-            return outputs
-
-        forward: Any = functools.update_wrapper(regularised, original)
-        del forward.__wrapped__
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
-        bound = types.MethodType(forward, model)
-
-        def restore() -> None:
-            if model.__dict__.get("forward") is bound:
-                if previous is None:
-                    del model.forward
-                else:
-                    model.forward = previous
-            del model._dist_reg_handle
-
-        model.forward = bound
-        model._dist_reg_handle = self
-        self._undo.append(restore)
-        self._declare_loss_scaling()
+    def run_forward(
+        self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], example_keys: Tensor | None
+    ) -> Any:
+        """What the wrapped forward of a model in training does: `call`, the model's own, and the methods around it."""
+        step = self._begin(args, kwargs, example_keys)
+        try:
+            args, kwargs = self._second_stream(args, kwargs, step)
+            outputs = self._finish(call(*args, **kwargs), step)
+        finally:
+            step.finish()
+            self._step = None
+        self._forwards += 1
+        return outputs
 
     def _declare_loss_scaling(self) -> None:
         """Tell Transformers' Trainer which losses are plain means over the micro-batch.
@@ -268,10 +403,8 @@ class Handle:
         It takes every forward with **kwargs for one that divides by `num_items_in_batch`. A loss that ignores that
         argument, as most classifiers' do, would be multiplied by world size and accumulation steps.
         """
-        base: Any = self.model
-        if hasattr(base, "get_base_model"):
-            base = base.get_base_model()
-        if "accepts_loss_kwargs" in vars(base) or _hands_arguments_to_its_loss(base):
+        base: Any = inner_model(self.model)
+        if "accepts_loss_kwargs" in vars(base) or self._counts_items:
             return
         base.accepts_loss_kwargs = False
         self._undo.append(functools.partial(delattr, base, "accepts_loss_kwargs"))
@@ -281,9 +414,16 @@ class Handle:
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
+            if tokens is not None and self._embeddings:
+                raise UserError(
+                    "a method acts on word embeddings, so the model needs input_ids, not inputs_embeds."
+                )
         if tokens is None:
             raise UserError("the regularised model was called without input_ids or inputs_embeds.")
         batch, length = tokens.shape[:2]
+        if example_keys is None and not (self._inputs or self._betweens or self._embeddings or self._stream):
+            # Nothing needs a key; drawing one would move the generator that dropout draws from.
+            example_keys = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
         if example_keys is None:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             example_keys = draw_example_keys(batch, tokens.device, rank)
@@ -292,42 +432,60 @@ class Handle:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             spans = token_spans(mask, batch, length, tokens.device)
         measure = self._forwards % MEASURE_EVERY == 0 if self.measure is None else self.measure
-        self._step = self._last_step = Step(self.seed, example_keys, length, spans, measure)
-        return self._step
+        labels = given.get("labels")
+        items = given.get("num_items_in_batch") if self._counts_items else None
+        regression, several_labels = label_kind(getattr(inner_model(self.model), "config", None), labels)
+        step = Step(
+            self.seed,
+            example_keys,
+            length,
+            spans,
+            measure,
+            weights=example_weights(batch, labels, items, tokens.device),
+            labels=labels,
+            next_token=self._next_token,
+            regression=regression,
+            several_labels=several_labels,
+        )
+        if self._stream is not None:
+            doubled_spans = None if spans is None else spans.repeat(2, 1)
+            # Both share what a forward gathers: `replace` hands on the very dictionaries.
+            step.twin = dataclasses.replace(
+                step, example_keys=self._stream.keys_of_both(example_keys), spans=doubled_spans
+            )
+        self._step = self._last_step = step
+        return step
 
-    def _add_terms(self, outputs: Any, step: Step) -> Any:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
-        terms = {name: term for method in self.methods for name, term in method.loss_terms(step).items()}
-        if loss is None or loss.dim() > 0:
-            if terms:
-                raise UserError(
-                    f"the model returned no loss to add {', '.join(terms)} to; pass it the labels."
-                )
-        else:
-            self._record("task_loss", loss)
-            for name, term in terms.items():
-                self._record(name, term)
-            if terms:
-                loss = loss + torch.stack(list(terms.values())).sum()
-                if isinstance(outputs, dict):
-                    outputs["loss"] = loss
-                else:
-                    outputs = (loss, *outputs[1:])
-        by_metric: dict[str, list[Tensor]] = defaultdict(list)
-        for (metric, _), value in step.values.items():
-            by_metric[metric].append(value)
-        for metric, values in by_metric.items():
-            self._record(metric, torch.stack(values).mean())
-        step.values.clear()
-        step.measure = False
+    def _second_stream(
+        self, args: tuple, kwargs: dict[str, Any], step: Step
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the model's forward as the second stream needs them."""
+        if self._stream is None:
+            return args, kwargs
+        given = {**dict(zip(self._parameters, args)), **kwargs}
+        if self._takes_cache and given.get("use_cache") is None:
+            # PEFT hands on what its own forward does not name.
+            given["use_cache"] = kwargs["use_cache"] = False
+        if self._stream.layer is not None:
+            return args, kwargs
+        _, given = streams.double_arguments(self.model, (), given, step.batch, step.tokens, step.doubled)
+        if step.labels is not None:
+            given["labels"] = streams.second_labels(step.labels, self._stream.counts_second)
+        if self._stream.counts_second and given.get("num_items_in_batch") is not None and self._counts_items:
+            given["num_items_in_batch"] = 2 * given["num_items_in_batch"]
+        return (), given
+
+    def _finish(self, outputs: Any, step: Step) -> Any:
+        doubled = self._stream is not None and self._stream.layer is None
+        if doubled:
+            first = int(step.labels is not None)
+            step.logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[first]
+        for method in self.methods:
+            method.finish(step)
+        outputs = add_terms(outputs, step, self._means)
         if self._forwards == 0:
-            self._warn({metric: float(self._sums[metric]) for metric in by_metric})
-        return outputs
-
-    def _record(self, name: str, value: Tensor) -> None:
-        value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._counts[name] = self._counts.get(name, 0) + 1
+            self._warn({metric: float(value) for metric, value in diagnostics(step).items()})
+        return outputs if self._stream is None else streams.first_half(outputs, step.batch)
 
     def _warn(self, metrics: dict[str, float]) -> None:
         for method in self.methods:
@@ -337,24 +495,5 @@ class Handle:
                 logger.warning(text)
 
 
-def _hands_arguments_to_its_loss(model: nn.Module) -> bool:
-    """Whether the model's forward calls `self.loss_function(..., **kwargs)`, and `num_items_in_batch` gets there."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return any(
-        isinstance(call.func, ast.Attribute)
-        and call.func.attr == "loss_function"
-        and any(keyword.arg is None for keyword in call.keywords)
-        for call in calls
-    )
-
-
-def _parameters(model: Any) -> list[str]:
-    """Names of the forward's positional parameters; PEFT's own forward may take *args for those of the model inside."""
-    names = list(inspect.signature(model.forward).parameters)
-    if names == ["args", "kwargs"] and hasattr(model, "get_base_model"):
-        names = list(inspect.signature(model.get_base_model().forward).parameters)
-    return names
+def _linear(module: nn.Linear, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    return nn.functional.linear(inputs, function(module.weight), module.bias)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
@@ -176,6 +177,86 @@ def replace_first_output(output: Any, new: Tensor) -> Any:
 def sub_blocks(layer: nn.Module) -> list[nn.Module]:
     """The modules that a layer calls itself, in order."""
     return [part for _, part in _parts(layer)]
+
+
+def modules_between(backbone: Backbone) -> list[str]:
+    """Names of modules with weights beside the layers, which may act between two of them, as DeBERTa's convolution."""
+    owner, _, layers = backbone.layers_path.rpartition(".")
+    beside = [part for part in backbone.model.get_submodule(owner).named_children() if part[0] != layers]
+    return [
+        name
+        for name, module in beside
+        if _has_weights(module)
+        and not _is_norm(name, module)
+        and not any(isinstance(part, nn.Embedding) for part in module.modules())
+    ]
+
+
+def closing_norms(backbone: Backbone) -> dict[int, nn.LayerNorm]:
+    """By layer, the LayerNorm whose output the layer returns and the next one reads, in post-norm models like BERT.
+
+    It ends a last sub-block of one Linear that brings the feed-forward's width back to D, this norm and dropouts.
+    Empty where a module with weights of its own may act between two layers, as DeBERTa's convolution does.
+    """
+    if modules_between(backbone):
+        return {}
+    norms = {i: _closing_norm(layer, backbone.hidden_size) for i, layer in enumerate(backbone.layers)}
+    return {i: norm for i, norm in norms.items() if norm is not None}
+
+
+def opening_norms(backbone: Backbone) -> dict[int, nn.Module]:
+    """By layer, the RMSNorm that reads the hidden states entering it, in pre-norm models like Llama.
+
+    It is the first of two and computes x / sqrt(mean(x^2) + variance_epsilon) * weight, which is tried out: Gemma's
+    multiplies by 1 + weight.
+    """
+    found = {}
+    for i, layer in enumerate(backbone.layers):
+        norms = [(name, part) for name, part in _parts(layer) if _is_norm(name, part)]
+        if len(norms) == 2 and not norms[0][0].startswith("post"):
+            norm = norms[0][1]
+            if _is_plain_rms_norm(norm, backbone.hidden_size):
+                found[i] = norm
+    return found
+
+
+def _closing_norm(layer: nn.Module, width: int) -> nn.LayerNorm | None:
+    if getattr(layer, "chunk_size_feed_forward", 0):
+        # The norm is then called for a few tokens at a time.
+        return None
+    parts = [_wrapped(part) for part in sub_blocks(layer)[-1].children() if not _is_dropout(part)]
+    linears = [part for part in parts if isinstance(part, nn.Linear)]
+    norms = [part for part in parts if isinstance(part, nn.LayerNorm)]
+    if len(parts) != 2 or len(linears) != 1 or len(norms) != 1:
+        return None
+    (linear,), (norm,) = linears, norms
+    # A norm of D channels can only come behind a Linear that reads another number of them.
+    widths = linear.out_features == width != linear.in_features and norm.normalized_shape == (width,)
+    affine = norm.weight is not None and norm.bias is not None
+    return norm if widths and affine and _runs_its_class(norm, nn.LayerNorm) else None
+
+
+def _is_plain_rms_norm(norm: nn.Module, width: int) -> bool:
+    epsilon = getattr(norm, "variance_epsilon", None)
+    if [name for name, _ in norm.named_parameters()] != ["weight"] or not isinstance(epsilon, float):
+        return False
+    if not _runs_its_class(norm, type(norm)):
+        return False
+    channels = torch.arange(1, width + 1, dtype=torch.float32, device="cpu")
+    hidden, weight = channels.sin().view(1, 1, width), channels.cos()
+    expected = weight * hidden * torch.rsqrt(hidden.square().mean() + epsilon)
+    try:
+        with torch.no_grad():
+            # Under ZeRO-3 the norm's own weight may lie in parts on many ranks.
+            normed = torch.func.functional_call(norm, {"weight": weight}, (hidden,))
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(normed, Tensor) and normed.shape == hidden.shape and torch.allclose(normed, expected)
+
+
+def _runs_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the forward of `kind`, which nobody has replaced."""
+    return "forward" not in vars(module) and type(module).forward is kind.forward
 
 
 def _find_layers(model: nn.Module) -> str:

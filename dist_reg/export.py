@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def export_model(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
     """Write the model of `trainer` to `folder`, whole or not at all; every process calls this (ZeRO-3 gathers)."""
+    trainer.handle.bake()
     partial = folder.with_name(f".{folder.name}.partial")
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)

@@ -143,7 +143,7 @@ def initialise_fresh(model: nn.Module, names: Iterable[str], seed: int) -> list[
         parameter = getattr(modules.get(owner), leaf, None)
         if not isinstance(parameter, nn.Parameter):
             continue
-        with _whole(parameter), torch.no_grad():
+        with whole_parameter(parameter), torch.no_grad():
             if parameter.dim() >= 2:
                 digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
@@ -155,7 +155,7 @@ def initialise_fresh(model: nn.Module, names: Iterable[str], seed: int) -> list[
     return drawn
 
 
-def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+def whole_parameter(parameter: nn.Parameter) -> contextlib.AbstractContextManager:
     """Under ZeRO-3 the whole parameter, written back to every rank's slice; otherwise nothing."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()

@@ -71,6 +71,31 @@ def site_id(method: int, point: int, layer: int) -> int:
     return method << 24 | point << 16 | layer
 
 
+def noise_survival(before: Tensor, after: Tensor, spans: Tensor | None) -> Tensor:
+    """Fraction of the first example's real activations that the noise changed.
+
+    `before`, `after`: [B, T, D] in the dtype of the stream, of which the first example counts; `spans`: int32 [B, 2] or
+    None. Returns a scalar in [0, 1]. One example is enough of a sample and keeps the measurement out of the step's cost.
+    """
+    changed = (before[0] != after[0]).float().mean(-1)
+    if spans is None:
+        return changed.mean()
+    tokens = torch.arange(changed.shape[0], device=changed.device)
+    real = (tokens >= spans[0, 0]) & (tokens < spans[0, 1])
+    return (changed * real).sum() / real.sum().clamp(min=1)
+
+
+def survival_warning(method: str, sigma: float, metrics: dict[str, float], fixes: str) -> str | None:
+    """A sentence naming `fixes` where less than half of the activations change, by `METHOD/noise_survival`."""
+    survival = metrics.get(f"{method}/noise_survival")
+    if survival is None or survival >= 0.5:
+        return None
+    return (
+        f"{method}: only {survival:.1%} of the activations change when noise of sigma {sigma:g} is added; the rest is "
+        f"lost to rounding. Use {fixes}."
+    )
+
+
 def _shift_right(values: Tensor, count: int) -> Tensor:
     return (values >> count) & ((1 << (64 - count)) - 1)
 

@@ -18,6 +18,7 @@ from dist_reg.attach import regularize
 from dist_reg.errors import UserError, reason
 from dist_reg.methods.base import Method
 from dist_reg.noise import example_keys
+from dist_reg.terms import NonFiniteTerm
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,13 @@ class Trainer(transformers.Trainer):
             )
         step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
         self.handle.measure = step == 0 or (step + 1) % every == 0
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except NonFiniteTerm as error:
+            if ids is None:
+                raise
+            examples = [int(ids[row]) for row in error.rows]
+            raise NonFiniteTerm(error.name, error.layer, examples, "examples with the ids") from None
 
     def prediction_step(
         self,

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.compat
 
 @dataclass(frozen=True, kw_only=True)
 class Doubled(Method):
-    """A method with terms of its own: the sums of two layers' inputs, by name."""
+    """A method with terms of its own: the mean squares of two layers' inputs, an example at a time, by name."""
 
     name: ClassVar[str] = "doubled"
     weight: float = 2.0
@@ -30,13 +30,11 @@ class Doubled(Method):
 
     def _watch(self, layer):
         def watch(hidden_states, step):
-            step.values["doubled/state", layer] = self.weight * hidden_states.square().mean()
+            term = self.weight * hidden_states.square().mean((1, 2))
+            step.add_term(f"doubled_{layer}", layer, term)
             return hidden_states
 
         return watch
-
-    def loss_terms(self, step):
-        return {f"doubled_{layer}": step.values["doubled/state", layer] for layer in (0, 1)}
 
 
 def loss_of(model, inputs, seed=0, **kwargs):
@@ -289,6 +287,27 @@ def test_a_deep_copy_is_a_regularised_model_of_its_own():
             twin.classifier.bias.zero_()
         assert twin(**inputs, example_keys=keys).logits.abs().max() == 0
         assert model(**inputs, example_keys=keys).logits.abs().max() > 0
+
+
+def test_removing_a_deep_copys_handle_leaves_the_original_alone():
+    model, inputs = build("bert", dropout=0.0), batch("bert")
+    handle = regularize(model, [HyPe(sigma=0.3)], seed=1)
+    keys = torch.arange(4)
+    noisy = model(**inputs, example_keys=keys).loss
+    other = copy.deepcopy(model)
+    other._dist_reg_handle.remove()
+    assert "forward" not in vars(other)
+    assert not torch.equal(other(**inputs).loss, noisy)
+    assert torch.equal(model(**inputs, example_keys=keys).loss, noisy)
+    handle.remove()
+    assert torch.equal(model(**inputs).loss, other(**inputs).loss)
+
+
+def test_off_without_keys_leaves_the_generator_to_dropout():
+    model, inputs = build("bert", dropout=0.1), batch("bert")
+    plain = loss_of(model, inputs)
+    with regularize(model, [HyPe(sigma=0.0, dropout="keep")]):
+        assert torch.equal(loss_of(model, inputs), plain)
 
 
 def test_positional_inputs_reach_the_noise_through_peft():

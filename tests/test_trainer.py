@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import default_data_collator
 
-from dist_reg import HyPe, Trainer
+from dist_reg import LNSR, HyPe, Trainer, UserError
+from dist_reg.checkpoint import newest_whole
 from tests.models import batch, build
 
 
@@ -102,3 +103,62 @@ def test_an_order_that_is_not_ours_is_warned_about(tmp_path, caplog):
     fields = {"train_sampling_strategy": "group_by_length"}
     losses(Trainer(build("bert"), arguments(tmp_path, **fields), train_dataset=rows()))
     assert "may depend on the number of processes" in caplog.text
+
+
+class Spoil(transformers.TrainerCallback):
+    """After step 2, makes one word's embedding infinite."""
+
+    def __init__(self, word: int) -> None:
+        self.word = word
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step == 2:
+            with torch.no_grad():
+                model.bert.embeddings.word_embeddings.weight[self.word] = torch.inf
+
+
+def test_a_term_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(tmp_path):
+    examples = rows()
+    word = 99
+    for row in examples:
+        row["input_ids"] = [5 if token == word else token for token in row["input_ids"]]
+    examples[3]["input_ids"][1] = word
+    trainer = Trainer(
+        build("bert", dropout=0.0),
+        arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=1, save_total_limit=None),
+        methods=[LNSR()],
+        train_dataset=examples,
+        callbacks=[Spoil(word)],
+    )
+    # The weights are spoilt after step 2, so checkpoint-2 holds them; steps 3 and 4 see every example.
+    with pytest.raises(UserError, match=r"term lnsr .* layer 0 .* examples with the ids \[13\]"):
+        trainer.train()
+    assert trainer.state.global_step in (2, 3)
+    assert newest_whole(tmp_path) == tmp_path / f"checkpoint-{trainer.state.global_step}"
+
+
+def test_a_causal_model_under_accumulation_adds_its_terms_once(tmp_path):
+    """Transformers sums micro-batches of a model that counts items: losses and weights are those of whole batches."""
+    inputs = batch("llama", head="causal", batch_size=8)
+    examples = [
+        {**{name: values[i].tolist() for name, values in inputs.items()}, "example_id": 10 + i}
+        for i in range(8)
+    ]
+    found = []
+    for micro in (4, 2, 1):
+        model = build("llama", "causal", dropout=0.0)
+        fields = {
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": 4 // micro,
+            "optim": "sgd",
+        }
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, learning_rate=0.1, **fields),
+            methods=[HyPe(sigma=0.1), LNSR(weight=1.0)],
+            train_dataset=examples,
+        )
+        found.append((losses(trainer), model.lm_head.weight.detach().clone()))
+    for other, weight in found[1:]:
+        assert other == pytest.approx(found[0][0], rel=1e-4)
+        torch.testing.assert_close(weight, found[0][1], rtol=1e-4, atol=1e-6)

@@ -7,6 +7,7 @@ the noise of the reference and in float64 it is what the operation is checked ag
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +54,11 @@ class Operation(NamedTuple):
     forward: int
     """Streams of N = B * T * D elements that the forward pass reads and writes."""
     backward: int = 0
-    """The same for the backward pass; 0 where it is the identity, and then only the forward is timed."""
+    """The same for the backward pass; 0 where it is the identity or another entry's: only the forward is timed then."""
     distribution: str | None = "normal"
     """Of its noise; None for an operation that draws none."""
+    eager: str = "normal"
+    """Distribution of the noise that eager torch draws in its place: `sigma * torch.randn_like(h)`, or "uniform"."""
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -66,7 +69,7 @@ class Operation(NamedTuple):
 
     def eager_noise(self, stream: Tensor) -> Tensor:
         """sigma * eps from torch's own generator."""
-        if self.distribution == "uniform":
+        if self.eager == "uniform":
             return torch.empty_like(stream).uniform_(-SIGMA, SIGMA)
         return SIGMA * torch.randn_like(stream)
 
@@ -109,9 +112,10 @@ def _plain_layer_norm(draw: Noise, _batch: Batch, hidden: Tensor, residual: Tens
     return (layer_norm(hidden + residual, hidden.shape[-1:], eps=EPSILON) + draw(hidden),)
 
 
-def _layer_norm(batch: Batch, hidden: Tensor, residual: Tensor) -> Outputs:
+def _layer_norm(batch: Batch, hidden: Tensor, residual: Tensor, **changed: Any) -> Outputs:
     ones, zeros = hidden.new_ones(hidden.shape[-1]), hidden.new_zeros(hidden.shape[-1])
-    return (ops.layer_norm_perturb(hidden, ones, zeros, residual=residual, epsilon=EPSILON, **batch.noise),)
+    noise = batch.noise | changed
+    return (ops.layer_norm_perturb(hidden, ones, zeros, residual=residual, epsilon=EPSILON, **noise),)
 
 
 def _plain_rms_norm(draw: Noise, _batch: Batch, hidden: Tensor) -> Outputs:
@@ -119,8 +123,9 @@ def _plain_rms_norm(draw: Noise, _batch: Batch, hidden: Tensor) -> Outputs:
     return stream, rms_norm(stream, hidden.shape[-1:], eps=EPSILON)
 
 
-def _rms_norm(batch: Batch, hidden: Tensor) -> Outputs:
-    return ops.perturb_rms_norm(hidden, hidden.new_ones(hidden.shape[-1]), epsilon=EPSILON, **batch.noise)
+def _rms_norm(batch: Batch, hidden: Tensor, **changed: Any) -> Outputs:
+    noise = batch.noise | changed
+    return ops.perturb_rms_norm(hidden, hidden.new_ones(hidden.shape[-1]), epsilon=EPSILON, **noise)
 
 
 def _plain_symmetric_kl(_draw: Noise, _batch: Batch, logits: Tensor, other: Tensor) -> Outputs:
@@ -128,18 +133,20 @@ def _plain_symmetric_kl(_draw: Noise, _batch: Batch, logits: Tensor, other: Tens
     return (((p.exp() - q.exp()) * (p - q)).sum(-1),)
 
 
-def _perturb(distribution: str) -> Operation:
+def _perturb(distribution: str, eager: str = "normal") -> Operation:
     return Operation(
         streams=lambda batch: (batch.hidden,),
         ours=lambda batch, hidden: (ops.perturb(hidden, **batch.noise, distribution=distribution),),
         plain=lambda draw, batch, hidden: (hidden + draw(hidden),),
         forward=2,
         distribution=distribution,
+        eager=eager,
     )
 
 
 OPERATIONS: dict[str, Operation] = {
     "perturb uniform": _perturb("uniform"),
+    "perturb uniform, eager uniform": _perturb("uniform", eager="uniform"),
     "perturb normal": _perturb("normal"),
     "fork": Operation(
         streams=lambda batch: (batch.hidden,),
@@ -168,6 +175,23 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "perturb_rms_norm": Operation(
         streams=lambda batch: (batch.hidden,), ours=_rms_norm, plain=_plain_rms_norm, forward=3, backward=4
+    ),
+    # The kernels of the two norms with the noise compiled out: what theirs costs is the share above these.
+    "layer_norm_perturb, sigma 0": Operation(
+        streams=_two_streams,
+        ours=partial(_layer_norm, sigma=0.0),
+        plain=lambda draw, batch, hidden, residual: (
+            layer_norm(hidden + residual, hidden.shape[-1:], eps=EPSILON),
+        ),
+        forward=3,
+        distribution=None,
+    ),
+    "perturb_rms_norm, sigma 0": Operation(
+        streams=lambda batch: (batch.hidden,),
+        ours=partial(_rms_norm, sigma=0.0),
+        plain=lambda draw, batch, hidden: (hidden.clone(), rms_norm(hidden, hidden.shape[-1:], eps=EPSILON)),
+        forward=3,
+        distribution=None,
     ),
     "symmetric_kl": Operation(
         streams=_two_streams,

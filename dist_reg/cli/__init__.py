@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "Evaluate an exported model or a finished run.",
     "report": "Summarise the results of the runs below a folder.",
     "methods": "List the methods, or one method's options.",
+    "diagnose": "Show how far noise at one layer moves every layer above.",
     "doctor": "Say what this machine can do and what to install.",
     "demo": "Compare HyPe with plain fine-tuning on a small task, in minutes.",
     "bench": "Measure what a method and its kernels cost.",

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dist_reg.errors import UserError
-from dist_reg.methods.base import Host, Method, Step, Transform
+from dist_reg.methods.base import Host, Method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from dist_reg.layer_noise import LayerNoise
 
 SITE_METHOD = 1
 SITE_INPUT, SITE_WITHIN = 0, 1
@@ -61,54 +61,24 @@ class HyPe(Method):
             return
         for layer in layers:
             if self.site in ("input", "both"):
-                host.transform_input(layer, self._noise(SITE_INPUT, layer))
+                host.add_noise(layer, self._noise(SITE_INPUT, layer))
             if self.site in ("within", "both"):
                 host.transform_between(layer, self._noise(SITE_WITHIN, layer))
 
-    def _noise(self, point: int, layer: int) -> Transform:
+    def _noise(self, point: int, layer: int) -> LayerNoise:
+        from dist_reg.layer_noise import LayerNoise
         from dist_reg.noise import site_id
-        from dist_reg.ops import perturb
 
-        site = site_id(SITE_METHOD, point, layer)
-
-        def add_noise(hidden_states: Tensor, step: Step) -> Tensor:
-            noisy = perturb(
-                hidden_states,
-                sigma=self.sigma,
-                seed=step.seed,
-                example_keys=step.example_keys,
-                site=site,
-                spans=step.spans,
-                distribution=self.distribution,
-                scale=self.scale,
-            )
-            if step.measure:
-                step.values["hype/noise_survival", site] = noise_survival(hidden_states, noisy, step.spans)
-            return noisy
-
-        return add_noise
-
-    def warning(self, metrics: dict[str, float]) -> str | None:
-        survival = metrics.get("hype/noise_survival")
-        if survival is None or survival >= 0.5:
-            return None
-        return (
-            f"hype: only {survival:.1%} of the activations change when noise of sigma {self.sigma:g} is added; the "
-            "rest is lost to rounding. Use scale: relative, autocast with an fp32 residual stream, or a larger sigma."
+        return LayerNoise(
+            site=site_id(SITE_METHOD, point, layer),
+            sigma=self.sigma,
+            distribution=self.distribution,
+            scale=self.scale,
+            survival="hype/noise_survival",
         )
 
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        from dist_reg.noise import survival_warning
 
-def noise_survival(before: Tensor, after: Tensor, spans: Tensor | None) -> Tensor:
-    """Fraction of the first example's real activations that the noise changed.
-
-    `before`, `after`: [B, T, D] in the dtype of the stream; `spans`: int32 [B, 2] or None. Returns a scalar in
-    [0, 1]. One example is enough of a sample and keeps the measurement out of the step's cost.
-    """
-    import torch
-
-    changed = (before[0] != after[0]).float().mean(-1)
-    if spans is None:
-        return changed.mean()
-    tokens = torch.arange(changed.shape[0], device=changed.device)
-    real = (tokens >= spans[0, 0]) & (tokens < spans[0, 1])
-    return (changed * real).sum() / real.sum().clamp(min=1)
+        fixes = "scale: relative, autocast with an fp32 residual stream, or a larger sigma"
+        return survival_warning(self.name, self.sigma, metrics, fixes)

@@ -88,12 +88,19 @@ class _Stability(torch.autograd.Function):
         return _stability_backward(twin, spans, gradient, upstream, ctx.detach_clean), None, None
 
 
-@torch.library.custom_op("dist_reg::stability", mutates_args=())
-def _distance(twin: Tensor, spans: Tensor | None) -> Tensor:
+def _make_distance(twin: Tensor, spans: Tensor | None) -> Tensor:
     return implementation("stability", "stability", twin)(twin, spans)
 
 
-@_distance.register_fake
+# Not torch.library.custom_op, whose wrappers take a tenth of a small forward pass. What they guard cannot occur:
+# nothing differentiates through this, because only _Stability's forward calls it.
+_library = torch.library.Library("dist_reg", "FRAGMENT")
+_library.define("stability(Tensor twin, Tensor? spans) -> Tensor")
+_library.impl("stability", _make_distance, "CompositeExplicitAutograd")
+_distance = torch.ops.dist_reg.stability.default
+
+
+@torch.library.register_fake("dist_reg::stability", lib=_library)
 def _(twin: Tensor, spans: Tensor | None) -> Tensor:
     return _empty_distance(twin)
 

@@ -40,12 +40,12 @@ def _load(g, row):
 @numba.njit(fastmath={"reassoc", "contract"})
 def _means(x, g, weight, zero):
     """(mean of g * weight, mean of g * weight * x) of a row."""
-    plain, products = zero, zero
+    plain, products, size = zero, zero, x.dtype.type(x.size)
     for i in range(x.size):
         weighted = g[i] * weight[i]
         plain += weighted
         products += weighted * x[i]
-    return plain / (zero + x.size), products / (zero + x.size)
+    return plain / size, products / size
 
 
 @numba.njit
@@ -76,13 +76,13 @@ def _add(total, g):
 def _layer_norm_groups(
     begin, end, hidden, residual, weight, mean, rstd, gradient, out, weight_sums, bias_sums, with_weight
 ):
-    x, g = np.empty_like(weight), np.empty_like(weight)
+    x, g, zero = np.empty_like(weight), np.empty_like(weight), weight.dtype.type(0)
     rows, groups = out.shape[0], weight_sums.shape[0]
     for group in range(begin, end):
         for r in range(rows * group // groups, rows * (group + 1) // groups):
             _normalise(x, hidden, residual, r, mean[r], rstd[r])
             _load(g, gradient[r])
-            level, along = _means(x, g, weight, mean[r] * 0)
+            level, along = _means(x, g, weight, zero)
             _store_pull(out[r], x, g, weight, rstd[r], level, along)
             if with_weight:
                 _add_product(weight_sums[group], x, g)
@@ -93,11 +93,10 @@ def _layer_norm_groups(
 def _rms_norm_groups(
     begin, end, stream, weight, rstd, stream_gradient, gradient, out, weight_sums, with_weight
 ):
-    x, g = np.empty_like(weight), np.empty_like(weight)
+    x, g, zero = np.empty_like(weight), np.empty_like(weight), weight.dtype.type(0)
     rows, groups = out.shape[0], weight_sums.shape[0]
     for group in range(begin, end):
         for r in range(rows * group // groups, rows * (group + 1) // groups):
-            zero = rstd[r] * 0
             _normalise(x, stream, stream[:0], r, zero, rstd[r])
             _load(g, gradient[r])
             _, along = _means(x, g, weight, zero)

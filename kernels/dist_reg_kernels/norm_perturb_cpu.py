@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_reg_kernels import philox
 from dist_reg_kernels.norm_perturb import rms_norm_torch, wide_sum
-from dist_reg_kernels.perturb_cpu import add_row, noise_arguments, perturb_cpu
-from dist_reg_kernels.philox_cpu import normal, uniform, uniform_released
+from dist_reg_kernels.perturb_cpu import add_noise, noise_arguments, perturb_cpu
+from dist_reg_kernels.philox_cpu import draw, noise_buffers
 from dist_reg_kernels.rows_cpu import (
     as_rows,
     compiled,
@@ -59,24 +59,16 @@ def _variance(row, mean, zero):
 
 
 @numba.njit
-def _add_noise(row, out, r, keys, spans, tokens, seed_low, seed_high, site, sigma, distribution, relative):
+def _add_noise(
+    row, out, buffers, r, keys, spans, tokens, seed_low, seed_high, site, sigma, distribution, relative
+):
     """Write a row of the buffer's dtype with its noise to `out`, rounded to the dtype of that."""
     if sigma == 0 or not is_real(r, spans, tokens):
         for i in range(row.size):
             store(out, i, row[i])
         return
-    example = r // tokens
-    token = r % tokens - (spans[example, 0] if spans.shape[0] > 0 else 0)
-    key = np.uint64(keys[example])
-    low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
-    first_block = token * ((row.size + 3) // 4)
-    scale = sigma * root_mean_square(row, sigma - sigma) if relative else sigma
-    if distribution == 0:
-        add_row(normal, row, out, first_block, scale, low, high, site, seed_low, seed_high)
-    elif distribution == 1:
-        add_row(uniform, row, out, first_block, scale, low, high, site, seed_low, seed_high)
-    else:
-        add_row(uniform_released, row, out, first_block, scale, low, high, site, seed_low, seed_high)
+    noise = draw(buffers, row.size, r, keys, spans, tokens, seed_low, seed_high, site, distribution)
+    add_noise(row, out, noise, sigma * root_mean_square(row, sigma - sigma) if relative else sigma)
 
 
 @compiled
@@ -101,19 +93,30 @@ def _layer_norm_rows(
     distribution,
     relative,
 ):
-    buffer = np.empty_like(weight)
+    buffer, noise = np.empty_like(weight), noise_buffers(weight.size)
     zero = epsilon - epsilon
-    one = zero + 1
     for r in range(begin, end):
         load_sum(buffer, hidden, residual, r)
-        centre = _mean(buffer, zero)
-        scale = one / sqrt(_variance(buffer, centre, zero) + epsilon)
-        mean[r] = centre
-        rstd[r] = scale
+        mean[r] = _mean(buffer, zero)
+        centre = mean[r]
+        rstd[r] = 1 / sqrt(_variance(buffer, centre, zero) + epsilon)
+        scale = rstd[r]
         for i in range(buffer.size):
             buffer[i] = (buffer[i] - centre) * scale * weight[i] + bias[i]
         _add_noise(
-            buffer, out[r], r, keys, spans, tokens, seed_low, seed_high, site, sigma, distribution, relative
+            buffer,
+            out[r],
+            noise,
+            r,
+            keys,
+            spans,
+            tokens,
+            seed_low,
+            seed_high,
+            site,
+            sigma,
+            distribution,
+            relative,
         )
 
 
@@ -138,16 +141,15 @@ def _rms_norm_rows(
     distribution,
     relative,
 ):
-    buffer = np.empty_like(weight)
+    buffer, noise = np.empty_like(weight), noise_buffers(weight.size)
     zero = epsilon - epsilon
-    one = zero + 1
     for r in range(begin, end):
         load_sum(buffer, hidden, residual, r)
         x, out = stream[r], normed[r]
         _add_noise(
-            buffer, x, r, keys, spans, tokens, seed_low, seed_high, site, sigma, distribution, relative
+            buffer, x, noise, r, keys, spans, tokens, seed_low, seed_high, site, sigma, distribution, relative
         )
-        scale = one / sqrt(_variance(x, zero, zero) + epsilon)
+        scale = 1 / sqrt(_variance(x, zero, zero) + epsilon)
         rstd[r] = scale
         for i in range(x.size):
             store(out, i, wide(x, i) * scale)

@@ -1,7 +1,7 @@
 """perturb.py's operation on the CPU: one compiled, vectorised pass over the rows, split over threads.
 
-hidden and out are [B, T, D] in fp32, fp64, bf16 or fp16; the noise is made four channels at a time in registers
-and never stored. bf16 is read and rounded inside the same loop; fp16 goes through fp32 copies.
+hidden and out are [B, T, D] in fp32, fp64, bf16 or fp16; the noise of a row stays in the first cache. bf16 is read and
+rounded inside the same loop; fp16 goes through fp32 copies.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dist_reg_kernels import philox
-from dist_reg_kernels.philox_cpu import bits, normal, uniform, uniform_released
+from dist_reg_kernels.philox_cpu import draw, noise_buffers
 from dist_reg_kernels.rows_cpu import (
     as_rows,
     compiled,
     fma,
     for_rows,
+    is_real,
     root_mean_square,
     span_array,
     store,
@@ -28,20 +29,10 @@ from dist_reg_kernels.rows_cpu import (
 )
 
 
-@numba.njit(inline="always")
-def add_row(convert, row, out, first_block, scale, key_low, key_high, site, seed_low, seed_high):
-    whole = row.size // 4
-    for b in range(whole):
-        block = np.uint32(first_block + b)
-        z0, z1, z2, z3 = convert(*bits(block, key_low, key_high, site, seed_low, seed_high))
-        store(out, 4 * b, fma(scale, z0, wide(row, 4 * b)))
-        store(out, 4 * b + 1, fma(scale, z1, wide(row, 4 * b + 1)))
-        store(out, 4 * b + 2, fma(scale, z2, wide(row, 4 * b + 2)))
-        store(out, 4 * b + 3, fma(scale, z3, wide(row, 4 * b + 3)))
-    if 4 * whole < row.size:
-        rest = convert(*bits(np.uint32(first_block + whole), key_low, key_high, site, seed_low, seed_high))
-        for i in range(4 * whole, row.size):
-            store(out, i, fma(scale, rest[i - 4 * whole], wide(row, i)))
+@numba.njit(forceinline=True)
+def add_noise(row, out, noise, scale):
+    for i in range(row.size):
+        store(out, i, fma(scale, noise[i], wide(row, i)))
 
 
 @compiled
@@ -61,31 +52,20 @@ def _perturb_rows(
     distribution,
     relative,
 ):
-    blocks = (hidden.shape[1] + 3) // 4
+    channels = hidden.shape[1]
+    buffers = noise_buffers(channels)
     for r in range(begin, end):
         row, target = hidden[r], out[r]
         if clean.shape[0] > 0:
             copy = clean[r]
             for i in range(row.size):
                 copy[i] = row[i]
-        example, token = r // tokens, r % tokens
-        first, past = np.int64(0), np.int64(tokens)
-        if spans.shape[0] > 0:
-            first, past = np.int64(spans[example, 0]), np.int64(spans[example, 1])
-        if token < first or token >= past:
+        if not is_real(r, spans, tokens):
             for i in range(row.size):
                 target[i] = row[i]
             continue
-        key = np.uint64(keys[example])
-        low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
-        first_block = (token - first) * blocks
-        scale = sigma * root_mean_square(row, sigma - sigma) if relative else sigma
-        if distribution == 0:
-            add_row(normal, row, target, first_block, scale, low, high, site, seed_low, seed_high)
-        elif distribution == 1:
-            add_row(uniform, row, target, first_block, scale, low, high, site, seed_low, seed_high)
-        else:
-            add_row(uniform_released, row, target, first_block, scale, low, high, site, seed_low, seed_high)
+        noise = draw(buffers, channels, r, keys, spans, tokens, seed_low, seed_high, site, distribution)
+        add_noise(row, target, noise, sigma * root_mean_square(row, sigma - sigma) if relative else sigma)
 
 
 def noise_arguments(

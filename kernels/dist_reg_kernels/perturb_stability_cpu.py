@@ -5,34 +5,14 @@ The noise of a row is made once, into a buffer of one row that stays in the firs
 
 from __future__ import annotations
 
-import numba
-import numpy as np
 import torch
 from torch import Tensor
 
 from dist_reg_kernels import philox
-from dist_reg_kernels.perturb_cpu import noise_arguments
-from dist_reg_kernels.philox_cpu import bits, normal, uniform, uniform_released
-from dist_reg_kernels.rows_cpu import as_rows, compiled, fma, for_rows, is_real, root_mean_square, store, wide
+from dist_reg_kernels.perturb_cpu import add_noise, noise_arguments
+from dist_reg_kernels.philox_cpu import draw, noise_buffers
+from dist_reg_kernels.rows_cpu import as_rows, compiled, for_rows, is_real, root_mean_square
 from dist_reg_kernels.stability_cpu import squared_distance
-
-
-@numba.njit(inline="always")
-def _fill(convert, noise, first_block, key_low, key_high, site, seed_low, seed_high):
-    for b in range(noise.size // 4):
-        z0, z1, z2, z3 = convert(
-            *bits(np.uint32(first_block + b), key_low, key_high, site, seed_low, seed_high)
-        )
-        noise[4 * b] = z0
-        noise[4 * b + 1] = z1
-        noise[4 * b + 2] = z2
-        noise[4 * b + 3] = z3
-
-
-@numba.njit(forceinline=True)
-def _add(row, out, noise, scale):
-    for i in range(row.size):
-        store(out, i, fma(scale, noise[i], wide(row, i)))
 
 
 @compiled
@@ -53,8 +33,7 @@ def _perturb_and_compare(
     relative,
 ):
     half, channels = distance.size, twin.shape[1]
-    blocks = (channels + 3) // 4
-    noise = np.empty(4 * blocks, np.float32)
+    buffers = noise_buffers(channels)
     zero = sigma - sigma
     for r in range(begin, end):
         clean, noisy = twin[r], twin[half + r]
@@ -65,18 +44,9 @@ def _perturb_and_compare(
                 out[half + r, i] = noisy[i]
             continue
         distance[r] = squared_distance(clean, noisy, zero)
-        example = r // tokens
-        token = r % tokens - (spans[example, 0] if spans.shape[0] > 0 else 0)
-        key = np.uint64(keys[example])
-        low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
-        if distribution == 0:
-            _fill(normal, noise, token * blocks, low, high, site, seed_low, seed_high)
-        elif distribution == 1:
-            _fill(uniform, noise, token * blocks, low, high, site, seed_low, seed_high)
-        else:
-            _fill(uniform_released, noise, token * blocks, low, high, site, seed_low, seed_high)
-        _add(clean, out[r], noise, sigma * root_mean_square(clean, zero) if relative else sigma)
-        _add(noisy, out[half + r], noise, sigma * root_mean_square(noisy, zero) if relative else sigma)
+        noise = draw(buffers, channels, r, keys, spans, tokens, seed_low, seed_high, site, distribution)
+        add_noise(clean, out[r], noise, sigma * root_mean_square(clean, zero) if relative else sigma)
+        add_noise(noisy, out[half + r], noise, sigma * root_mean_square(noisy, zero) if relative else sigma)
 
 
 def perturb_stability_cpu(

@@ -24,8 +24,8 @@ def squared_distance(clean, noisy, zero):
 
 @compiled
 def _distances(begin, end, clean, noisy, distance, spans, tokens):
+    zero = distance.dtype.type(0)
     for r in range(begin, end):
-        zero = distance[r] * 0
         distance[r] = squared_distance(clean[r], noisy[r], zero) if is_real(r, spans, tokens) else zero
 
 
@@ -76,7 +76,7 @@ def stability_cpu(twin: Tensor, spans: Tensor | None) -> Tensor:
         return distance
     whole, count = as_rows(twin), distance.numel()
     arguments = (whole[:count], whole[count:], distance.numpy().reshape(-1), span_array(spans), tokens)
-    for_rows(_distances, count, 2 * channels, arguments)
+    for_rows(_distances, count, channels // 4, arguments)
     return distance
 
 

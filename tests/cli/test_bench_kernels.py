@@ -10,7 +10,7 @@ import torch
 from dist_reg.bench import measure as measure_module
 from dist_reg.bench.check import CheckFailed, check, forced_backend
 from dist_reg.bench.measure import measure
-from dist_reg.bench.operations import OPERATIONS, make_batch
+from dist_reg.bench.operations import OPERATIONS, SIGMA, make_batch
 from dist_reg.cli.bench.kernels import DTYPES, SMOKE_SHAPES
 from dist_reg.ops import backend as backend_module
 from tests.cli.test_cli import call
@@ -114,7 +114,7 @@ def raises(*_arguments):
             lambda kernel: (
                 lambda hidden, keys, spans, seed, *rest: kernel(hidden, keys, spans, seed + 1, *rest)
             ),
-            {"perturb uniform", "perturb normal"},
+            {"perturb uniform", "perturb uniform, eager uniform", "perturb normal"},
             "forward is off",
         ),
         (
@@ -134,6 +134,27 @@ def test_what_is_wrong_is_refused(break_kernel, family, operation, change, refus
     rows = measure(SHAPE, torch.float32, "cpu", 2, compiled=False)
     assert {row["operation"] for row in rows if row["refused"]} == refused
     assert all(why in row["refused"] for row in rows if row["refused"])
+
+
+def test_eager_torch_draws_what_the_entry_says():
+    stream = torch.zeros(100, 100)
+    size = {
+        name: OPERATIONS[name].eager_noise(stream).abs().max() for name in OPERATIONS if "perturb u" in name
+    }
+    assert size["perturb uniform"] > 2 * SIGMA
+    assert SIGMA * 0.99 < size["perturb uniform, eager uniform"] <= SIGMA
+
+
+@pytest.mark.parametrize("norm", ["layer_norm_perturb", "perturb_rms_norm"])
+def test_the_norm_alone_is_the_same_operation_without_noise(norm):
+    batch = make_batch(SHAPE, torch.float32, "cpu")
+    noisy, alone = OPERATIONS[norm], OPERATIONS[f"{norm}, sigma 0"]
+    streams = noisy.streams(batch)
+    plain = noisy.plain(torch.zeros_like, batch, *streams)
+    for got, expected in zip(alone.ours(batch, *streams), plain, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert not torch.equal(noisy.ours(batch, *streams)[0], plain[0])
+    assert alone.forward == noisy.forward
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -15,14 +15,24 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
-from dist_reg import HyPe, Trainer
+from dist_reg import LNSR, R3F, HyPe, RDrop, Trainer, layer_noise
 from dist_reg.config import ModelConfig, RunConfig
 from dist_reg.model import load_model
 from dist_reg.runtime import is_main, leave, prepare_process, world_size
 from dist_reg.training_args import activation_checkpointing_field, training_arguments
 
 STEPS, BATCH, EXAMPLES = 20, 8, 44
-SIGMA = 0.05
+METHODS = {
+    "plain": [],
+    "hype": [HyPe(sigma=0.05)],
+    "lnsr": [LNSR(sigma=0.1, layer=1)],
+    "lnsr, tangent": [LNSR(sigma=0.1, noise="tangent", layer_weights="linear")],
+    "lnsr, neighbour": [LNSR(sigma=0.1, noise="neighbour")],
+    "hype, lnsr, secant": [HyPe(sigma=0.05, site="both"), LNSR(sigma=0.1, noise="secant")],
+    "hype, rdrop": [HyPe(sigma=0.3), RDrop(alpha=2.0)],
+    "hype, r3f": [HyPe(sigma=0.05), R3F(sigma=0.1)],
+}
+"""What a cell may train with; without dropout it is HyPe's noise that tells RDrop's draws apart."""
 
 
 def examples(vocabulary: int = 100) -> list[dict]:
@@ -77,7 +87,7 @@ def train(folder: Path, cell: dict) -> list[float]:
         args = training_arguments(run, Path(scratch), main_metric="loss", greater_is_better=False)
         source = ModelConfig(name=str(folder / cell["model"]))
         model, _ = load_model(source, "AutoModelForSequenceClassification", seed=11, num_labels=2)
-        methods = [HyPe(sigma=SIGMA)] if cell["hype"] else []
+        methods = METHODS[cell["methods"]]
         trainer = Trainer(model, args, methods=methods, train_dataset=examples(), data_collator=collate)
         for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
             trainer.remove_callback(callback)
@@ -99,12 +109,30 @@ def ds_config(stage: int) -> dict:
     return {**dict.fromkeys(keys, "auto"), "zero_optimization": {"stage": stage}}
 
 
+def count_calls(fused: list[int]) -> None:
+    """Add to the last number whenever a norm adds noise."""
+
+    def counting(operation):
+        def call(*args, **kwargs):
+            fused[-1] += 1
+            return operation(*args, **kwargs)
+
+        return call
+
+    layer_noise.layer_norm_perturb = counting(layer_noise.layer_norm_perturb)
+    layer_noise.perturb_rms_norm = counting(layer_noise.perturb_rms_norm)
+
+
 def main() -> None:
     folder, cells, out = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     prepare_process(deepspeed=any(cell["stage"] is not None for cell in cells))
-    losses = [train(folder, cell) for cell in cells]
+    losses, fused = [], []
+    count_calls(fused)
+    for cell in cells:
+        fused.append(0)
+        losses.append(train(folder, cell))
     if is_main():
-        out.write_text(json.dumps({"world_size": world_size(), "losses": losses}))
+        out.write_text(json.dumps({"world_size": world_size(), "losses": losses, "fused": fused}))
     leave()
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from dist_reg import HyPe, example_keys, regularize
+from dist_reg import example_keys, regularize
 from dist_reg.config import ModelConfig
 from dist_reg.model import load_model
 from tests.distributed.launch import ROOT, run
-from tests.distributed.parity_worker import BATCH, EXAMPLES, SIGMA, STEPS, collate, examples
+from tests.distributed.parity_worker import BATCH, EXAMPLES, METHODS, STEPS, collate, examples
 from tests.tiny import save_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
@@ -44,11 +44,30 @@ def cells(processes: int) -> list[dict]:
                     "checkpointing": checkpointing,
                     "model": model,
                     "optimizer": optimizer,
-                    "hype": True,
+                    "methods": "hype",
                 }
             )
-    chosen.append({**chosen[0], "hype": False})
-    return chosen
+    return [*chosen, {**chosen[0], "methods": "plain"}, *cells_of_other_methods(processes)]
+
+
+def cells_of_other_methods(processes: int) -> list[dict]:
+    """Every stage and every other method at every number of processes, the other settings in rotation."""
+    names = [name for name in METHODS if name not in ("plain", "hype")]
+    found = []
+    for index, stage in enumerate((None, 0, 1, 2, 3, 3)):
+        name = names[(index + processes) % len(names)]
+        found.append(
+            {
+                "stage": stage,
+                # A pair of examples must fit into a micro-batch.
+                "accumulation": 1 if "secant" in name else 1 + index % 2,
+                "checkpointing": bool((index + processes) // 2 % 2),
+                "model": ("bert", "llama")[(index + processes // 2) % 2],
+                "optimizer": ("sgd", "adamw")[index % 2],
+                "methods": name,
+            }
+        )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +88,9 @@ def by_hand(folder, cell: dict) -> list[float]:
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder / cell["model"], num_labels=2)
     model.train()
-    if cell["hype"]:
-        regularize(model, [HyPe(sigma=SIGMA)], seed=11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIST_REG_FUSE", "never")
+        regularize(model, METHODS[cell["methods"]], seed=11)
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         (free if "bias" in name or "norm" in name.lower() else decayed).append(parameter)
@@ -88,8 +108,7 @@ def by_hand(folder, cell: dict) -> list[float]:
         order = (order + order)[position * BATCH : (position + 1) * BATCH]
         batch = collate([rows[index] for index in order])
         ids = batch.pop("example_ids")
-        if cell["hype"]:
-            batch["example_keys"] = example_keys(ids, epoch)
+        batch["example_keys"] = example_keys(ids, epoch)
         scale = step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
@@ -107,7 +126,7 @@ def expected(folder):
     known: dict[tuple, list[float]] = {}
 
     def of(cell: dict) -> list[float]:
-        key = (cell["model"], cell["optimizer"], cell["hype"])
+        key = (cell["model"], cell["optimizer"], cell["methods"])
         if key not in known:
             known[key] = by_hand(folder, cell)
         return known[key]
@@ -115,15 +134,19 @@ def expected(folder):
     return of
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_logged_losses_equal_the_hand_made_loop_in_every_cell(folder, expected, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "fuse"), [(1, "auto"), (2, "auto"), (2, "always"), (4, "auto")])
+def test_logged_losses_equal_the_hand_made_loop_in_every_cell(folder, expected, tmp_path, processes, fuse):
     chosen = cells(processes)
+    if fuse == "always":
+        chosen = [cell for cell in chosen if cell["methods"] == "hype"]
     (tmp_path / "cells.json").write_text(json.dumps(chosen))
     out = tmp_path / "out.json"
-    done = run([WORKER, str(folder), str(tmp_path / "cells.json"), str(out)], processes)
+    done = run([WORKER, str(folder), str(tmp_path / "cells.json"), str(out)], processes, DIST_REG_FUSE=fuse)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(out.read_text())
     assert result["world_size"] == processes
+    if fuse == "always":
+        assert [count > 0 for count in result["fused"]] == [fusible(cell) for cell in chosen]
     wrong = []
     for cell, losses in zip(chosen, result["losses"], strict=True):
         reference = torch.tensor(expected(cell))
@@ -136,8 +159,16 @@ def test_logged_losses_equal_the_hand_made_loop_in_every_cell(folder, expected, 
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_noise_is_in_the_reference(expected):
-    """The comparison would mean little if the noise did not move the loss."""
-    cell = {"model": "bert", "optimizer": "sgd", "hype": True}
-    with_noise, without = torch.tensor(expected(cell)), torch.tensor(expected({**cell, "hype": False}))
-    assert ((with_noise - without).abs() / without).max() > 1e-3
+def fusible(cell: dict) -> bool:
+    """Whether a norm can add the noise: BERT's everywhere, Llama's where its weight is at hand and nothing reruns."""
+    alone = cell["model"] == "llama" and (cell["stage"] == 3 or cell["checkpointing"])
+    return not alone
+
+
+@pytest.mark.parametrize("methods", [name for name in METHODS if name != "plain"])
+def test_the_method_is_in_the_reference(expected, methods):
+    """The comparison would mean little if a method did not move the loss."""
+    cell = {"model": "bert", "optimizer": "sgd"}
+    found = torch.tensor(expected({**cell, "methods": methods}))
+    without = torch.tensor(expected({**cell, "methods": "plain"}))
+    assert ((found - without).abs() / without).max() > 1e-3

@@ -19,7 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.compat]
 STEPS, SAVED_AT = 20, 10
 
 
-def write_run(folder: Path, model: Path, output: Path, deepspeed: str | None) -> Path:
+HYPE = {"hype": {"sigma": 0.05, "dropout": "keep"}}
+CELLS = [
+    (1, None, [HYPE, {"rdrop": {"alpha": 1.0}}]),
+    (1, "zero2", [HYPE]),
+    (2, "zero2", [HYPE, {"r3f": {"sigma": 0.01, "spectral_norm": True}}]),
+    (2, "zero3", [HYPE, {"lnsr": {"noise": "secant"}}]),
+]
+
+
+def write_run(folder: Path, output: Path, deepspeed: str | None, methods: list[dict]) -> Path:
     # Wide enough that steps 11 to 20 take longer than it takes to notice checkpoint-10 and kill.
     data = {"train": str(folder / "train.jsonl"), "dev": str(folder / "dev.jsonl"), "max_length": 32}
     train = {
@@ -33,8 +42,7 @@ def write_run(folder: Path, model: Path, output: Path, deepspeed: str | None) ->
         "seed": 3,
     }
     path = folder / f"{output.name}.yaml"
-    methods = [{"hype": {"sigma": 0.05, "dropout": "keep"}}]
-    run_file = {"model": str(model), "task": "classification", "data": data, "methods": methods}
+    run_file = {"model": str(folder / "model"), "task": "classification", "data": data, "methods": methods}
     write_yaml({**run_file, "train": train, "deepspeed": deepspeed, "batch_size": 16}, path)
     return path
 
@@ -54,16 +62,14 @@ def losses(output: Path) -> dict[int, str]:
     return {line["step"]: json.dumps(line) for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize(("processes", "deepspeed"), [(1, None), (1, "zero2"), (2, "zero2"), (2, "zero3")])
-def test_a_killed_run_resumes_bit_for_bit(folder, processes, deepspeed):
+@pytest.mark.parametrize(("processes", "deepspeed", "methods"), CELLS)
+def test_a_killed_run_resumes_bit_for_bit(folder, processes, deepspeed, methods):
     name = f"{processes}-{deepspeed}"
     whole, broken = folder / f"whole-{name}", folder / f"broken-{name}"
-    done = run(
-        ["-m", "dist_reg", "train", str(write_run(folder, folder / "model", whole, deepspeed))], processes
-    )
+    done = run(["-m", "dist_reg", "train", str(write_run(folder, whole, deepspeed, methods))], processes)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    command = ["-m", "dist_reg", "train", str(write_run(folder, folder / "model", broken, deepspeed))]
+    command = ["-m", "dist_reg", "train", str(write_run(folder, broken, deepspeed, methods))]
     process = start(command, processes, log=folder / f"{name}.log")
     sealed = broken / "checkpoints" / f"checkpoint-{SAVED_AT}" / MANIFEST
     deadline = time.monotonic() + 300

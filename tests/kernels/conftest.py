@@ -9,10 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated: the kernel files are imported later, by the tests.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -19,7 +19,9 @@ def words(text: str) -> list[int]:
 
 def numba_bits(counter: list[int], key: list[int]) -> list[int]:
     philox_cpu = pytest.importorskip("dist_reg_kernels.philox_cpu")
-    return [int(word) for word in philox_cpu.bits(*map(np.uint32, counter + key))]
+    bits = np.zeros(2 * philox_cpu.LANES, np.uint64)
+    philox_cpu.fill_bits(bits, *map(np.uint32, counter + key))
+    return bits.view(np.uint32)[:4].tolist()
 
 
 def triton_bits(counter: list[int], key: list[int]) -> list[int]:

@@ -10,8 +10,8 @@ from dist_reg_kernels.philox import noise_reference
 
 from dist_reg import HyPe, UserError, regularize
 from dist_reg.config import build_method
-from dist_reg.methods.hype import SITE_INPUT, SITE_METHOD, SITE_WITHIN, noise_survival
-from dist_reg.noise import site_id
+from dist_reg.methods.hype import SITE_INPUT, SITE_METHOD, SITE_WITHIN
+from dist_reg.noise import noise_survival, site_id
 from tests.models import batch, build
 
 SEED, SIGMA = 17, 0.05
