@@ -23,7 +23,7 @@ demo: $(READY)  ## Fine-tune MiniLM with and without HyPe on two processes (minu
 	$(BIN)/dist-reg demo
 
 test: $(READY)  ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 $(COMPAT): $(READY)
 	rm -rf $(COMPAT)
@@ -31,7 +31,7 @@ $(COMPAT): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(COMPAT).txt --target $(COMPAT) transformers==$(OLDEST_TRANSFORMERS)
 
 test-compat: $(COMPAT)  ## Run the attach, parity and checkpointing tests on the oldest supported transformers
-	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest -m compat
+	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m compat
 
 lint: $(READY)  ## Formatting, lint and types
 	$(BIN)/ruff format --check .
