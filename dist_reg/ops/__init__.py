@@ -7,6 +7,7 @@ Every operation raises a ValueError that names the argument for a wrong shape, d
 """
 
 from dist_reg.ops.backend import BACKENDS
+from dist_reg.ops.bottleneck import bottleneck
 from dist_reg.ops.checks import DISTRIBUTIONS, SCALES
 from dist_reg.ops.fork import fork
 from dist_reg.ops.norm_perturb import layer_norm_perturb, perturb_rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "BACKENDS",
     "DISTRIBUTIONS",
     "SCALES",
+    "bottleneck",
     "fork",
     "layer_norm_perturb",
     "perturb",
