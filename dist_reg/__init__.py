@@ -16,6 +16,7 @@ _HOMES = {
     "METHODS": "dist_reg.methods",
     "HyPe": "dist_reg.methods.hype",
     "LNSR": "dist_reg.methods.lnsr",
+    "MVCR": "dist_reg.methods.mvcr",
     "R3F": "dist_reg.methods.r3f",
     "RDrop": "dist_reg.methods.rdrop",
     "Method": "dist_reg.methods.base",
@@ -26,6 +27,7 @@ _HOMES = {
 __all__ = [
     "LNSR",
     "METHODS",
+    "MVCR",
     "R3F",
     "Handle",
     "HyPe",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from dist_reg.methods.base import Method
     from dist_reg.methods.hype import HyPe
     from dist_reg.methods.lnsr import LNSR
+    from dist_reg.methods.mvcr import MVCR
     from dist_reg.methods.r3f import R3F
     from dist_reg.methods.rdrop import RDrop
     from dist_reg.noise import example_keys

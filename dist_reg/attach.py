@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dist_reg import streams
 from dist_reg.backbone import (
+    EXTRA,
+    feed_forward_output,
     find_backbone,
     first_output,
     hidden_argument,
@@ -89,10 +91,16 @@ class Handle:
         self.seed = seed
         self.measure: bool | None = None
         """Whether the next forwards take the diagnostics that cost something; None: one in `MEASURE_EVERY`."""
+        self.optimizer_step: int | None = None
+        """The optimizer step that the next forwards are a part of; None: every forward counts as one."""
+        self.warming_up = False
+        """Whether the next forwards train the added modules alone: everything else in the loss then counts 0."""
+        self._learning_rates: dict[nn.Module, float] = {}
+        self._added: dict[int, str] = {}
         self.backbone = find_backbone(model, layers_path)
         self._parameters = parameter_names(model)
         self._inputs: dict[int, list[Transform]] = defaultdict(list)
-        self._betweens: dict[int, list[Transform]] = defaultdict(list)
+        self._after: dict[tuple[int, nn.Module], list[Transform]] = defaultdict(list)
         self._embeddings: list[Callable[[Tensor, Tensor, Tensor, Step], Tensor]] = []
         self._stream: TwinStream | None = None
         self._reparametrised: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
@@ -134,13 +142,33 @@ class Handle:
     def reads_outputs(self) -> None:
         self._outputs_are_read = True
 
+    def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> None:
+        self.model.add_module(EXTRA + name, module)
+        self._undo.append(functools.partial(delattr, self.model, EXTRA + name))
+        self._learning_rates[module] = learning_rate_multiple
+
     def transform_between(self, layer: int, transform: Transform) -> None:
         if not self.backbone.between:
             raise UserError(
                 f"{type(self.backbone.layers[layer]).__name__} shows no place between attention and feed-forward; "
                 "use site: input."
             )
-        self._betweens[layer].append(transform)
+        self._after[layer, self.backbone.between[layer]].append(transform)
+
+    def transform_output(self, layer: int, transform: Transform) -> None:
+        self._after[layer, self.backbone.layers[layer]].append(transform)
+        self._added[layer] = self._attaching
+        self.reads_outputs()
+
+    def transform_feed_forward(self, layer: int, transform: Transform) -> None:
+        module = feed_forward_output(self.backbone.layers[layer], self.backbone.hidden_size)
+        if module is None:
+            raise UserError(
+                f"{self._attaching}: {type(self.backbone.layers[layer]).__name__} shows no feed-forward whose last "
+                "projection could be told; use site: output."
+            )
+        self._after[layer, module].append(transform)
+        self._added[layer] = self._attaching
 
     def watch_embeddings(self, watch: Callable[[Tensor, Tensor, Tensor, Step], Tensor]) -> None:
         self._embeddings.append(watch)
@@ -198,6 +226,23 @@ class Handle:
         self._warn(means)
         return means
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The trainable parameters as an optimizer takes them: the model's own, then each multiple of `learning_rate`."""
+        groups: dict[float, list[nn.Parameter]] = {1.0: []}
+        multiples = self.learning_rate_multiples()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                groups.setdefault(multiples.get(parameter, 1.0), []).append(parameter)
+        return [{"params": found, "lr": learning_rate * multiple} for multiple, found in groups.items()]
+
+    def learning_rate_multiples(self) -> dict[nn.Parameter, float]:
+        """Of the parameters that the methods added to the model."""
+        return {
+            parameter: multiple
+            for module, multiple in self._learning_rates.items()
+            for parameter in module.parameters()
+        }
+
     def bake(self) -> None:
         """Make what a method computes from a weight that weight itself, and take everything off: for the export.
 
@@ -214,6 +259,7 @@ class Handle:
         while self._undo:
             self._undo.pop()()
         self._reparametrised.clear()
+        self._learning_rates.clear()
 
     def __enter__(self) -> Handle:
         return self
@@ -225,6 +271,8 @@ class Handle:
 
     def _hook_layers(self) -> None:
         layers = self.backbone.layers
+        for (layer, module), transforms in self._after.items():
+            self._hook(module.register_forward_hook(functools.partial(self._leave, layer, transforms)))
         forked = range(0)
         if self._stream is not None and self._stream.layer is not None:
             forked = range(self._stream.layer, len(layers))
@@ -237,17 +285,12 @@ class Handle:
             self._hook(base.register_forward_pre_hook(self._fusion.enter_model, with_kwargs=True))
         self._undo.append(self._fusion.remove)
         self._fusion.install()
-        inside = {*self._betweens, *self._fusion.closing, *sharing}
-        for layer in sorted({*self._inputs, *inside, *forked}):
+        within = {layer for layer, module in self._after if module is not layers[layer]}
+        inside = {*within, *self._fusion.closing, *sharing}
+        for layer in sorted({*self._inputs, *inside, *forked, *(layer for layer, _ in self._after)}):
             self._hook(
                 layers[layer].register_forward_pre_hook(
                     functools.partial(self._enter_layer, layer), with_kwargs=True
-                )
-            )
-        for layer, transforms in self._betweens.items():
-            self._hook(
-                self.backbone.between[layer].register_forward_hook(
-                    functools.partial(self._between, layer, transforms)
                 )
             )
         for layer in sorted(inside):
@@ -301,6 +344,8 @@ class Handle:
                 )
             self._layer_steps[layer] = None
             return None
+        if layer in self._added:
+            streams.refuse_reentrant(module, self._added[layer])
         hidden_states = hidden_argument(args, kwargs)
         step = self._step_of(hidden_states)
         self._layer_steps[layer] = step
@@ -329,7 +374,7 @@ class Handle:
         entering._dist_reg_step = step
         args, kwargs = replace_hidden(args, kwargs, entering)
         if stream is not None and stream.layer is not None and layer >= stream.layer:
-            streams.refuse_reentrant(module)
+            streams.refuse_reentrant(module, "a second stream")
             known = step.doubled if step.under_way else {}
             args, kwargs = streams.double_arguments(module, args, kwargs, step.batch, step.tokens, known)
         return args, kwargs
@@ -352,7 +397,7 @@ class Handle:
             output = watch(output, args[0], module.weight, self._step)
         return output
 
-    def _between(
+    def _leave(
         self, layer: int, transforms: list[Transform], module: nn.Module, args: tuple, output: Any
     ) -> Any:
         step = self._layer_steps.get(layer)
@@ -421,7 +466,7 @@ class Handle:
         if tokens is None:
             raise UserError("the regularised model was called without input_ids or inputs_embeds.")
         batch, length = tokens.shape[:2]
-        if example_keys is None and not (self._inputs or self._betweens or self._embeddings or self._stream):
+        if example_keys is None and not (self._inputs or self._after or self._embeddings or self._stream):
             # Nothing needs a key; drawing one would move the generator that dropout draws from.
             example_keys = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
         if example_keys is None:
@@ -446,6 +491,7 @@ class Handle:
             next_token=self._next_token,
             regression=regression,
             several_labels=several_labels,
+            number=self._forwards if self.optimizer_step is None else self.optimizer_step,
         )
         if self._stream is not None:
             doubled_spans = None if spans is None else spans.repeat(2, 1)
@@ -482,7 +528,8 @@ class Handle:
             step.logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[first]
         for method in self.methods:
             method.finish(step)
-        outputs = add_terms(outputs, step, self._means)
+        alone = {method.name for method in self.methods if method.warmup_epochs} if self.warming_up else None
+        outputs = add_terms(outputs, step, self._means, alone)
         if self._forwards == 0:
             self._warn({metric: float(value) for metric, value in diagnostics(step).items()})
         return outputs if self._stream is None else streams.first_half(outputs, step.batch)

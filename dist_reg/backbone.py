@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dist_reg.errors import UserError, nearest
+
+EXTRA = "dist_reg_"
+"""How the names of modules that a method adds to a model begin."""
 
 Selector = str | int | Sequence[str | int]
 
@@ -179,6 +183,29 @@ def sub_blocks(layer: nn.Module) -> list[nn.Module]:
     return [part for _, part in _parts(layer)]
 
 
+def feed_forward_output(layer: nn.Module, hidden_size: int) -> nn.Module | None:
+    """The module of `layer` whose output the feed-forward adds to the stream: its last projection to D channels.
+
+    None where the structure does not tell, as in a mixture of experts.
+    """
+    parts = _parts(layer)
+    attention = _attention(parts)
+    after = [part for name, part in parts if part is not attention and not _is_norm(name, part)]
+    inside = [module for part in after for module in part.modules()]
+    adapters = [part for module in inside if _wrapped(module) is not module for part in module.modules()]
+    within = {part for part in adapters if _wrapped(part) is part}
+    projections = [module for module in inside if module not in within and _out_features(module) is not None]
+    if any(isinstance(module, nn.ModuleList) for module in inside) or len(projections) not in (2, 3):
+        return None
+    return projections[-1] if _out_features(projections[-1]) == hidden_size else None
+
+
+def _out_features(module: nn.Module) -> int | None:
+    """Of a Linear or the Conv1D of GPT-2, adapted or not; None for anything else."""
+    own = _wrapped(module)
+    return own.out_features if isinstance(own, nn.Linear) else own.nf if isinstance(own, Conv1D) else None
+
+
 def modules_between(backbone: Backbone) -> list[str]:
     """Names of modules with weights beside the layers, which may act between two of them, as DeBERTa's convolution."""
     owner, _, layers = backbone.layers_path.rpartition(".")
@@ -187,6 +214,7 @@ def modules_between(backbone: Backbone) -> list[str]:
         name
         for name, module in beside
         if _has_weights(module)
+        and not name.startswith(EXTRA)
         and not _is_norm(name, module)
         and not any(isinstance(part, nn.Embedding) for part in module.modules())
     ]

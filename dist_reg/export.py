@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +13,18 @@ from dist_reg.errors import UserError, reason
 if TYPE_CHECKING:
     from dist_reg.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def export_model(trainer: Trainer, folder: Path, results: dict[str, Any]) -> None:
     """Write the model of `trainer` to `folder`, whole or not at all; every process calls this (ZeRO-3 gathers)."""
+    chosen = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    if (chosen or trainer.state.global_step) <= trainer.warmup_steps > 0:
+        logger.warning(
+            "the warm-up of %s never ended, so nothing but its modules was trained, and they stay behind: the exported "
+            "model is the pretrained one with an untrained head.",
+            ", ".join(method.name for method in trainer.handle.methods if method.warmup_epochs),
+        )
     trainer.handle.bake()
     partial = folder.with_name(f".{folder.name}.partial")
     if trainer.args.should_save:

@@ -145,14 +145,18 @@ def initialise_fresh(model: nn.Module, names: Iterable[str], seed: int) -> list[
             continue
         with whole_parameter(parameter), torch.no_grad():
             if parameter.dim() >= 2:
-                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
-                values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+                values = torch.empty(parameter.shape).normal_(0.0, std, generator=keyed_generator(seed, name))
                 parameter.copy_(values)
             else:
                 parameter.fill_(1.0 if leaf == "weight" else 0.0)
         drawn.append(name)
     return drawn
+
+
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """The CPU generator that draws the parameter `name` in a run of `seed`."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 
 def whole_parameter(parameter: nn.Parameter) -> contextlib.AbstractContextManager:

@@ -39,6 +39,21 @@ def draw_example_keys(batch_size: int, device: torch.device | str, rank: int = 0
     return keys.to(device, non_blocking=True)
 
 
+def token_keys(keys: Tensor, tokens: int, spans: Tensor | None) -> Tensor:
+    """A key for every token of the batch: int64 [B, tokens] from the examples' int64 [B].
+
+    Tokens count from their example's first real one, so padding changes no key.
+    """
+    position = torch.arange(1, tokens + 1, device=keys.device)
+    counted = position if spans is None else position - spans[:, :1]
+    return mix64(keys[:, None] + counted * GOLDEN_GAMMA)
+
+
+def step_keys(number: int, device: torch.device | str) -> Tensor:
+    """The one key, int64 [1], of what all examples of optimizer step `number` share."""
+    return mix64(torch.full((1,), _wrapped((number + 1) * GOLDEN_GAMMA), dtype=torch.int64, device=device))
+
+
 def token_spans(attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device | str) -> Tensor:
     """First real token and one past the last of every example: int32 [batch, 2].
 

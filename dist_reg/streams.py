@@ -286,13 +286,12 @@ def check_dropout_can_be_shared(config: Any, layer: nn.Module) -> None:
         )
 
 
-def refuse_reentrant(layer: nn.Module) -> None:
+def refuse_reentrant(layer: nn.Module, what: str) -> None:
     """Raise UserError where `layer` is checkpointed in the reentrant way, which loses what leaves it by the side."""
     function: Any = getattr(layer, "_gradient_checkpointing_func", None)
     if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
         "use_reentrant"
     ):
         raise UserError(
-            "a second stream does not work with reentrant activation checkpointing; set use_reentrant to false in its "
-            "kwargs."
+            f"{what} does not work with reentrant activation checkpointing; set use_reentrant to false in its kwargs."
         )

@@ -59,10 +59,11 @@ def weighed_terms(step: Step) -> dict[str, Tensor]:
     return terms
 
 
-def add_terms(outputs: Any, step: Step, means: Means) -> Any:
+def add_terms(outputs: Any, step: Step, means: Means, alone: set[str] | None = None) -> Any:
     """`outputs` with the terms of `step` in their loss; terms, task loss and diagnostics go into `means`.
 
-    Raises UserError where there are terms and no loss to add them to.
+    `alone` names the terms that train; the rest of the loss then counts 0 times, so that every parameter still has a
+    gradient: ZeRO-3 applies an old one again where there is none. Raises UserError where there are terms and no loss to add them to.
     """
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
     terms = weighed_terms(step)
@@ -76,6 +77,8 @@ def add_terms(outputs: Any, step: Step, means: Means) -> Any:
             means.record(name, term)
         if terms:
             loss = task_loss + torch.stack(list(terms.values())).sum()
+            if alone is not None:
+                loss = 0.0 * loss + torch.stack([terms[name] for name in terms if name in alone]).sum()
             if isinstance(outputs, dict):
                 outputs["loss"] = loss
             else:

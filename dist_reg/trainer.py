@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from dist_reg.attach import regularize
 from dist_reg.errors import UserError, reason
 from dist_reg.methods.base import Method
 from dist_reg.noise import example_keys
+from dist_reg.optimizer import after_warm_up, split_groups, start_anew
 from dist_reg.terms import NonFiniteTerm
 
 logger = logging.getLogger(__name__)
@@ -66,13 +68,23 @@ def _pop_ids(inputs: dict[str, Any]) -> Any:
 
 
 class _EpochCallback(transformers.TrainerCallback):
-    """Tells the sampler, and through it the noise, which epoch begins."""
+    """Tells the sampler, and through it the noise, which epoch begins, and ends the warm-up of added modules."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.begin_epoch(state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if 0 < self.trainer.warmup_steps == state.global_step:
+            start_anew(self.trainer.optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step <= self.trainer.warmup_steps:
+            control.should_evaluate = False  # evaluation does not see the added modules
+
+    on_epoch_end = on_step_end
 
 
 class Trainer(transformers.Trainer):
@@ -93,11 +105,18 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self.handle = regularize(model, methods, seed=args.seed, layers_path=layers_path)
+        self._warmup_epochs = max((method.warmup_epochs for method in methods), default=0)
+        if self._warmup_epochs:
+            args = copy.copy(args)  # the caller's are the caller's
+            args.num_train_epochs += self._warmup_epochs
         self._sampler: EpochSampler | None = None
         self._partial: Path | None = None
         self._ids_missed = False
         try:
             super().__init__(model=model, args=args, **kwargs)
+            self._check_deepspeed_optimizer()
+            if self.args.max_steps > 0:
+                self.args.max_steps += self.warmup_steps
         except BaseException:
             self.handle.remove()
             raise
@@ -146,6 +165,43 @@ class Trainer(transformers.Trainer):
         ]
         return any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in stops)
 
+    # -- added modules
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps before the run's own in which the modules of a method alone learn."""
+        if not self._warmup_epochs:
+            return 0
+        examples: Any = self.train_dataset
+        if not hasattr(examples, "__len__"):
+            raise UserError("warmup_epochs needs a training set with a length; set warmup_epochs: 0.")
+        return self._warmup_epochs * -(-len(examples) // self._global_batch)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh:
+            split_groups(optimizer, self.handle.learning_rate_multiples())
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        fresh = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps - self.warmup_steps, optimizer)
+        if fresh and self.warmup_steps:
+            scheduler = self.lr_scheduler = after_warm_up(scheduler, scheduler.optimizer, self.warmup_steps)
+        return scheduler
+
+    def _check_deepspeed_optimizer(self) -> None:
+        """What a JSON file builds itself knows nothing of the rates of added modules."""
+        if not self.is_deepspeed_enabled or not self.handle.learning_rate_multiples():
+            return
+        for section in ("optimizer", "scheduler"):
+            if section in self.args.hf_deepspeed_config.config:
+                raise UserError(
+                    f"deepspeed: the {section} section leaves no room for the modules that a method adds, which learn at "
+                    "rates of their own; leave it out and say it in train."
+                )
+
     # -- loss
 
     def compute_loss(
@@ -165,6 +221,7 @@ class Trainer(transformers.Trainer):
             )
         step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
         self.handle.measure = step == 0 or (step + 1) % every == 0
+        self.handle.optimizer_step, self.handle.warming_up = step, step < self.warmup_steps
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         except NonFiniteTerm as error:

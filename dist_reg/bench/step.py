@@ -74,13 +74,13 @@ def measure(
             _settle(device)
             if round_ >= WARM_UP:
                 times[name].append((time.perf_counter() - start) * 1e3)
-    layers = len(find_backbone(base).layers)
+    parts = find_backbone(base)
     rows = []
     for one in variants:
         values = times[one.name]
         low, _, high = statistics.quantiles(values, n=4)
         same = _paired_ratio(values, times["plain" if one.dropout else "plain, no dropout"])
-        ideal = 1.0 if one.method is None else one.method.ideal_cost(layers)
+        ideal = 1.0 if one.method is None else one.method.ideal_cost(len(parts.layers), parts.hidden_size)
         rows.append(
             {
                 "variant": one.name,

@@ -47,6 +47,8 @@ class Step:
     """Whether the labels are numbers to come close to, and the model's loss a mean of squares."""
     several_labels: bool = False
     """Whether an example may have several labels at once."""
+    number: int = 0
+    """Of the optimizer step that this forward is a part of, or of the forward where nobody says."""
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Diagnostics, scalars by (metric, site). Keyed, not appended: activation checkpointing runs a layer twice."""
     terms: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -76,9 +78,13 @@ class Step:
         return self.twin if self.twin is not None and hidden_states.shape[0] == 2 * self.batch else self
 
     def add_term(self, name: str, layer: int, per_example: Tensor) -> None:
-        """Add [B] numbers, one an example, to the loss as part of the term `name`."""
-        if self.under_way:
-            self.terms[name, layer] = per_example
+        """Add [B] numbers, one an example, to the loss as part of the term `name`; of [2B], the means of both streams."""
+        if not self.under_way:
+            return
+        examples = self.weights.shape[0]
+        self.terms[name, layer] = (
+            per_example if per_example.shape[0] == examples else per_example.view(2, examples).mean(0)
+        )
 
     def finish(self) -> None:
         """Let go of everything that belongs to the forward alone."""
@@ -87,7 +93,8 @@ class Step:
             held.clear()
         self.labels = self.logits = self.task_loss = None
         if self.twin is not None:
-            self.twin.measure, self.twin.labels = False, None
+            self.twin.under_way = self.twin.measure = False
+            self.twin.labels = None
 
 
 Transform = Callable[["Tensor", Step], "Tensor"]
@@ -98,6 +105,23 @@ class Host(Protocol):
     """What a method may ask for while it is being attached."""
 
     backbone: Backbone
+    seed: int
+    """Of the run."""
+
+    def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> None:
+        """Make `module` a part of the model while attached, trained at so many times the run's learning rate.
+
+        It is then sharded, clipped and checkpointed with the model, and absent from an exported one.
+        """
+
+    def transform_output(self, layer: int, transform: Transform) -> None:
+        """Run `transform` on the hidden states that `layer` (0-based) returns, in training only."""
+
+    def transform_feed_forward(self, layer: int, transform: Transform) -> None:
+        """Run `transform` on what the feed-forward of `layer` adds to the stream, before the residual and any norm.
+
+        Raises UserError for a layer without a recognised feed-forward.
+        """
 
     def transform_input(self, layer: int, transform: Transform) -> None:
         """Run `transform` on the hidden states entering `layer` (0-based), in training only."""
@@ -178,7 +202,10 @@ class Method:
         """Ask `host` for every place this method acts on. Raises UserError when there is none."""
         raise NotImplementedError
 
-    def ideal_cost(self, layers: int) -> float:
+    warmup_epochs = 0
+    """Epochs before the run's own in which this method's modules alone learn; methods that have them make it an option."""
+
+    def ideal_cost(self, layers: int, hidden_size: int) -> float:
         """What a step must cost at least, as a multiple of the plain step, in a model of `layers` layers."""
         return 1.0
 

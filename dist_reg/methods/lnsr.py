@@ -99,7 +99,7 @@ class LNSR(Method):
             if weight > 0:
                 host.compare(state, self.weight * weight, detach_clean=self.detach_clean)
 
-    def ideal_cost(self, layers: int) -> float:
+    def ideal_cost(self, layers: int, hidden_size: int) -> float:
         return (2 * layers - self.layer) / layers if self.weight > 0 and self.sigma > 0 else 1.0
 
     def state_weights(self, count: int) -> dict[int, float]:

@@ -75,7 +75,7 @@ class R3F(Method):
             step.values["r3f/noise_survival", 0] = noise_survival(second, noisy, step.spans)
         return torch.cat((clean, noisy))
 
-    def ideal_cost(self, layers: int) -> float:
+    def ideal_cost(self, layers: int, hidden_size: int) -> float:
         return 2.0 if self.weight > 0 and self.sigma > 0 else 1.0
 
     def finish(self, step: Step) -> None:

@@ -38,7 +38,7 @@ class RDrop(Method):
         if self.alpha > 0:
             host.double_inputs(second_labels=True)
 
-    def ideal_cost(self, layers: int) -> float:
+    def ideal_cost(self, layers: int, hidden_size: int) -> float:
         return 2.0 if self.alpha > 0 else 1.0
 
     def finish(self, step: Step) -> None:
