@@ -528,7 +528,7 @@ class Handle:
             step.logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[first]
         for method in self.methods:
             method.finish(step)
-        alone = {method.name for method in self.methods if method.warmup_epochs} if self.warming_up else None
+        alone = {method.name for method in self.methods if method.epochs_alone()} if self.warming_up else None
         outputs = add_terms(outputs, step, self._means, alone)
         if self._forwards == 0:
             self._warn({metric: float(value) for metric, value in diagnostics(step).items()})

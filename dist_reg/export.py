@@ -23,7 +23,7 @@ def export_model(trainer: Trainer, folder: Path, results: dict[str, Any]) -> Non
         logger.warning(
             "the warm-up of %s never ended, so nothing but its modules was trained, and they stay behind: the exported "
             "model is the pretrained one with an untrained head.",
-            ", ".join(method.name for method in trainer.handle.methods if method.warmup_epochs),
+            ", ".join(method.name for method in trainer.handle.methods if method.epochs_alone()),
         )
     trainer.handle.bake()
     partial = folder.with_name(f".{folder.name}.partial")

@@ -39,7 +39,7 @@ def split_groups(optimizer: Optimizer, multiples: Mapping[nn.Parameter, float]) 
         )
 
 
-def after_warm_up(scheduler: LRScheduler, optimizer: Optimizer, steps: int) -> LRScheduler:
+def after_warm_up(scheduler: LRScheduler, optimizer: Optimizer, steps: int) -> LambdaLR:
     """`scheduler` beginning after `steps` steps, in which the model's own groups stand still and the added ones do not.
 
     Raises UserError for a schedule that is not a function of the step.

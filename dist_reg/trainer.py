@@ -105,7 +105,7 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self.handle = regularize(model, methods, seed=args.seed, layers_path=layers_path)
-        self._warmup_epochs = max((method.warmup_epochs for method in methods), default=0)
+        self._warmup_epochs = max((method.epochs_alone() for method in methods), default=0)
         if self._warmup_epochs:
             args = copy.copy(args)  # the caller's are the caller's
             args.num_train_epochs += self._warmup_epochs
@@ -186,9 +186,10 @@ class Trainer(transformers.Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         fresh = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps - self.warmup_steps, optimizer)
+        scheduler: Any = super().create_scheduler(num_training_steps - self.warmup_steps, optimizer)
         if fresh and self.warmup_steps:
-            scheduler = self.lr_scheduler = after_warm_up(scheduler, scheduler.optimizer, self.warmup_steps)
+            scheduler = after_warm_up(scheduler, scheduler.optimizer, self.warmup_steps)
+        self.lr_scheduler = scheduler
         return scheduler
 
     def _check_deepspeed_optimizer(self) -> None:

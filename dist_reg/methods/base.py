@@ -202,8 +202,9 @@ class Method:
         """Ask `host` for every place this method acts on. Raises UserError when there is none."""
         raise NotImplementedError
 
-    warmup_epochs = 0
-    """Epochs before the run's own in which this method's modules alone learn; methods that have them make it an option."""
+    def epochs_alone(self) -> int:
+        """Epochs before the run's own in which the modules that this method adds learn alone."""
+        return 0
 
     def ideal_cost(self, layers: int, hidden_size: int) -> float:
         """What a step must cost at least, as a multiple of the plain step, in a model of `layers` layers."""

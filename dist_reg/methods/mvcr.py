@@ -194,6 +194,9 @@ class MVCR(Method):
             error = error * scale
         return mean_over_real_tokens(error, step.spans)
 
+    def epochs_alone(self) -> int:
+        return self.warmup_epochs
+
     def ideal_cost(self, layers: int, hidden_size: int) -> float:
         """By multiplications a token: a layer has 12 D^2, an autoencoder 2 d D and its inner ones d^2 K / (K + 1)."""
         per_view = [

@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
-from dist_reg import LNSR, R3F, HyPe, RDrop, Trainer, layer_noise
+from dist_reg import LNSR, MVCR, R3F, HyPe, RDrop, Trainer, layer_noise
 from dist_reg.config import ModelConfig, RunConfig
 from dist_reg.model import load_model
 from dist_reg.runtime import is_main, leave, prepare_process, world_size
@@ -31,6 +31,11 @@ METHODS = {
     "hype, lnsr, secant": [HyPe(sigma=0.05, site="both"), LNSR(sigma=0.1, noise="secant")],
     "hype, rdrop": [HyPe(sigma=0.3), RDrop(alpha=2.0)],
     "hype, r3f": [HyPe(sigma=0.05), R3F(sigma=0.1)],
+    "mvcr": [MVCR(warmup_epochs=1, learning_rate_multiple=3.0)],
+    "mvcr, position, lnsr": [
+        MVCR(per="position", site="ffn", reconstruct="sampled", warmup_epochs=1, learning_rate_multiple=3.0),
+        LNSR(sigma=0.1, layer=1),
+    ],
 }
 """What a cell may train with; without dropout it is HyPe's noise that tells RDrop's draws apart."""
 
