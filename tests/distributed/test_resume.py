@@ -19,12 +19,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.compat]
 STEPS, SAVED_AT = 20, 10
 
 
+WARM_UP = 13
+"""Steps of one epoch: 200 examples in batches of 16."""
 HYPE = {"hype": {"sigma": 0.05, "dropout": "keep"}}
+MVCR = {"mvcr": {"warmup_epochs": 1}}
 CELLS = [
-    (1, None, [HYPE, {"rdrop": {"alpha": 1.0}}]),
-    (1, "zero2", [HYPE]),
-    (2, "zero2", [HYPE, {"r3f": {"sigma": 0.01, "spectral_norm": True}}]),
-    (2, "zero3", [HYPE, {"lnsr": {"noise": "secant"}}]),
+    (1, None, [HYPE, {"rdrop": {"alpha": 1.0}}], STEPS, SAVED_AT),
+    (1, "zero2", [HYPE], STEPS, SAVED_AT),
+    (2, "zero2", [HYPE, {"r3f": {"sigma": 0.01, "spectral_norm": True}}], STEPS, SAVED_AT),
+    (2, "zero3", [HYPE, {"lnsr": {"noise": "secant"}}], STEPS, SAVED_AT),
+    (2, "zero3", [MVCR], STEPS + WARM_UP, SAVED_AT),  # killed in the warm-up
+    (2, "zero2", [MVCR], STEPS + WARM_UP, 2 * SAVED_AT),  # and after it
 ]
 
 
@@ -62,16 +67,16 @@ def losses(output: Path) -> dict[int, str]:
     return {line["step"]: json.dumps(line) for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize(("processes", "deepspeed", "methods"), CELLS)
-def test_a_killed_run_resumes_bit_for_bit(folder, processes, deepspeed, methods):
-    name = f"{processes}-{deepspeed}"
+@pytest.mark.parametrize(("processes", "deepspeed", "methods", "steps", "killed_at"), CELLS)
+def test_a_killed_run_resumes_bit_for_bit(folder, processes, deepspeed, methods, steps, killed_at):
+    name = f"{processes}-{deepspeed}-{steps}"
     whole, broken = folder / f"whole-{name}", folder / f"broken-{name}"
     done = run(["-m", "dist_reg", "train", str(write_run(folder, whole, deepspeed, methods))], processes)
     assert done.returncode == 0, done.stderr[-3000:]
 
     command = ["-m", "dist_reg", "train", str(write_run(folder, broken, deepspeed, methods))]
     process = start(command, processes, log=folder / f"{name}.log")
-    sealed = broken / "checkpoints" / f"checkpoint-{SAVED_AT}" / MANIFEST
+    sealed = broken / "checkpoints" / f"checkpoint-{killed_at}" / MANIFEST
     deadline = time.monotonic() + 300
     while not sealed.exists():
         assert process.poll() is None, (folder / f"{name}.log").read_text()[-3000:]
@@ -79,13 +84,13 @@ def test_a_killed_run_resumes_bit_for_bit(folder, processes, deepspeed, methods)
         time.sleep(0.002)
     kill(process)
     assert not (broken / "results.json").exists()
-    assert max(losses(broken)) < STEPS
+    assert max(losses(broken)) < steps
 
     resumed = run(command, processes)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert f"resuming from {broken / 'checkpoints' / f'checkpoint-{SAVED_AT}'}" in resumed.stdout
+    assert f"resuming from {broken / 'checkpoints' / f'checkpoint-{killed_at}'}" in resumed.stdout
     expected, found = losses(whole), losses(broken)
-    assert sorted(found) == list(range(1, STEPS + 1))
+    assert sorted(found) == list(range(1, steps + 1))
     assert found == expected
     weights, reference = (
         load_file(broken / "model" / "model.safetensors"),
