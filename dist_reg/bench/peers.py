@@ -6,14 +6,22 @@ can be trained, and given to DeepSpeed, like any model.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_reg.backbone import find_backbone, first_output, hidden_argument, replace_hidden
+from dist_reg.backbone import (
+    find_backbone,
+    first_output,
+    hidden_argument,
+    replace_first_output,
+    replace_hidden,
+)
 from dist_reg.methods import Method
 
 
@@ -122,9 +130,70 @@ class RandomNoiseHyPe(nn.Module):
         return self.model(**inputs)
 
 
+class PositionLoopMVCR(nn.Module):
+    """MVCR with a loop over positions, each of which draws its view by Python's `random` for the whole batch."""
+
+    def __init__(self, model: nn.Module, method: Any) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.config: Any = model.config
+        backbone = find_backbone(model)
+        layers, width = backbone.layers, backbone.hidden_size
+        chosen = method.chosen_layers(len(layers))
+        self.points = nn.ModuleList(
+            nn.ModuleList(_Autoencoder(width, code, method) for code in method.view_widths(width))
+            for _ in chosen
+        )
+        for layer, views in zip(chosen, self.points):
+            layers[layer].register_forward_hook(partial(self._transform, views))
+        self._errors: list[Tensor] = []
+        self._mask: Any = None
+
+    def _transform(self, views: Any, module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden_states, own = first_output(output), []
+        real, error = self._mask.float(), 0.0
+        for t in range(hidden_states.shape[1]):
+            x = hidden_states[:, t]
+            view = random.choices(range(len(views) + 1), self.method.view_probabilities())[0]
+            own.append(views[view](x) if view < len(views) else x)
+            chosen = range(len(views)) if self.method.reconstruct == "all" else [view]
+            for m in chosen:
+                if m < len(views):
+                    apart = x.detach()
+                    error = error + (real[:, t] * (views[m](apart) - apart).square().mean(-1)).sum()
+        self._errors.append(error / real.sum() / len(views))
+        return replace_first_output(output, torch.stack(own, 1))
+
+    def forward(self, attention_mask: Tensor, **inputs: Any) -> Any:
+        self._errors, self._mask = [], attention_mask
+        outputs = self.model(attention_mask=attention_mask, **inputs)
+        outputs.loss = outputs.loss + self.method.weight * sum(self._errors)
+        return outputs
+
+
+class _Autoencoder(nn.Module):
+    def __init__(self, width: int, code: int, method: Any) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(width, code), nn.Linear(code, width)
+        narrow = max(1, code // 2)
+        self.inner = nn.ModuleList(
+            nn.ModuleList([nn.Linear(code, narrow), nn.Linear(narrow, code)]) for _ in range(method.inner)
+        )
+        self.dropout = nn.Dropout(method.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.dropout(self.encoder(x).tanh())
+        choice = random.randrange(len(self.inner) + 1)
+        if choice < len(self.inner):
+            down, up = list(self.inner)[choice].children()
+            code = up(self.dropout(down(code).tanh())).tanh()
+        return self.decoder(code)
+
+
 PEERS: dict[str, Callable[[nn.Module, Method], nn.Module]] = {
     "hype": RandomNoiseHyPe,
     "lnsr": TwoPassLNSR,
+    "mvcr": PositionLoopMVCR,
     "rdrop": TwoPassRDrop,
     "r3f": TwoPassR3F,
 }
@@ -133,6 +202,17 @@ PEERS: dict[str, Callable[[nn.Module, Method], nn.Module]] = {
 OPTIONS = {
     "hype": ("sigma", "dropout"),
     "lnsr": ("layer", "sigma", "weight"),
+    "mvcr": (
+        "layers",
+        "autoencoders",
+        "widths",
+        "inner",
+        "probabilities",
+        "reconstruct",
+        "weight",
+        "dropout",
+        "warmup_epochs",
+    ),
     "rdrop": ("alpha",),
     "r3f": ("sigma", "weight"),
 }

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from dist_reg import LNSR, RDrop, UserError, regularize
+from dist_reg import LNSR, MVCR, RDrop, UserError, regularize
 from dist_reg.bench.peers import PEERS
 from dist_reg.cli.bench.step import step
 from tests.methods.test_lnsr import KEYS, SEED, unit_noise
@@ -41,7 +41,7 @@ def test_memory_is_that_of_a_process_of_its_own(folder, tmp_path):
 
 
 def test_every_variant_has_its_ratios_and_ideal(folder, tmp_path):
-    methods = "hype, lnsr, lnsr: {layer: 1}, rdrop, r3f"
+    methods = "hype, lnsr, lnsr: {layer: 1}, rdrop, r3f, mvcr: {reconstruct: sampled}"
     done = run("--model", folder, "--methods", methods, *SIZES, "--peers", "--out", tmp_path)
     assert done.exit_code == 0
     record = json.loads((tmp_path / "step.json").read_text())
@@ -60,11 +60,38 @@ def test_every_variant_has_its_ratios_and_ideal(folder, tmp_path):
         "rdrop, straightforward",
         "r3f",
         "r3f, straightforward",
+        "mvcr {'reconstruct': 'sampled'}",
+        "mvcr {'reconstruct': 'sampled'}, straightforward",
     ]
     assert rows["plain"]["ratio_ideal"] == 1.0
     assert rows["lnsr"]["ideal"] == 2.0
     assert rows["lnsr {'layer': 1}"]["ideal"] == pytest.approx(5 / 3)
     assert all(row["median_ms"] > 0 and row["peak_memory_mib"] is None for row in rows.values())
+
+
+@pytest.mark.parametrize("reconstruct", ["all", "sampled"])
+def test_the_straightforward_mvcr_is_the_same_mathematics(reconstruct):
+    """With one view that every token takes, where nothing is left to draw."""
+    model, inputs = build("bert", dropout=0.0), batch("bert")
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    method = MVCR(
+        autoencoders=1,
+        probabilities=[1.0, 0.0],
+        inner=0,
+        dropout=0.0,
+        reconstruct=reconstruct,
+        warmup_epochs=0,
+    )
+    with regularize(model, [method], seed=SEED):
+        ours = model(**inputs, example_keys=KEYS).loss
+        points = [model.dist_reg_mvcr_1, model.dist_reg_mvcr_2]
+    peer = PEERS["mvcr"](model, method)
+    with torch.no_grad():
+        for (view,), own in zip(peer.points, points):
+            for part in ("encoder", "decoder"):
+                getattr(view, part).weight.copy_(getattr(own, f"{part}_0"))
+                getattr(view, part).bias.copy_(getattr(own, f"{part}_bias_0"))
+    assert peer(**inputs).loss.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -128,8 +128,8 @@ def build_variants(methods: str, peers: bool) -> list[Variant]:
 
 def dropout_choices(name: str, options: dict[str, Any]) -> list[dict[str, str]]:
     """A method that may switch dropout off is timed both ways, each against plain with the same dropout."""
-    fields = {field.name for field in dataclasses.fields(METHODS[name])} if name in METHODS else set()
-    if "dropout" not in fields:
+    defaults = {field.name: field.default for field in dataclasses.fields(METHODS[name])}
+    if defaults.get("dropout") not in ("off", "keep"):
         return [{}]
     return (
         [{"dropout": options["dropout"]}]
