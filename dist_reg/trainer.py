@@ -114,7 +114,7 @@ class Trainer(transformers.Trainer):
         self._ids_missed = False
         try:
             super().__init__(model=model, args=args, **kwargs)
-            self._check_deepspeed_optimizer()
+            self._check_optimizer_of_added_modules()
             if self.args.max_steps > 0:
                 self.args.max_steps += self.warmup_steps
         except BaseException:
@@ -192,16 +192,27 @@ class Trainer(transformers.Trainer):
         self.lr_scheduler = scheduler
         return scheduler
 
-    def _check_deepspeed_optimizer(self) -> None:
-        """What a JSON file builds itself knows nothing of the rates of added modules."""
-        if not self.is_deepspeed_enabled or not self.handle.learning_rate_multiples():
+    def _check_optimizer_of_added_modules(self) -> None:
+        """They learn at rates of their own, of which an optimizer from elsewhere knows nothing."""
+        if not self.handle.learning_rate_multiples():
             return
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise UserError(
+                "optimizers: a method adds modules that learn at a rate of their own, for which the trainer must make "
+                "optimizer and schedule itself; leave it out."
+            )
+        config = self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else {}
         for section in ("optimizer", "scheduler"):
-            if section in self.args.hf_deepspeed_config.config:
+            if section in config:
                 raise UserError(
-                    f"deepspeed: the {section} section leaves no room for the modules that a method adds, which learn at "
-                    "rates of their own; leave it out and say it in train."
+                    f"deepspeed: a method adds modules that learn at a rate of their own, which the {section} section knows "
+                    "nothing of; leave the section out and say it in train."
                 )
+        if self.warmup_steps:
+            probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+            options: Any = self.args.lr_scheduler_kwargs
+            schedule = transformers.get_scheduler(self.args.lr_scheduler_type, probe, 1, 10, options)
+            after_warm_up(schedule, probe, 1)
 
     # -- loss
 

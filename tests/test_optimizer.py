@@ -189,6 +189,24 @@ def test_an_export_before_the_end_of_the_warm_up_says_so(tmp_path, caplog):
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
+def test_a_schedule_that_follows_the_loss_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="ReduceLROnPlateau cannot begin after"):
+        trainer_of(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+
+
+def test_an_optimizer_from_outside_is_refused(tmp_path):
+    model = build("bert")
+    with pytest.raises(UserError, match="optimizers: a method adds modules"):
+        Trainer(
+            model,
+            arguments(tmp_path),
+            methods=[MVCR()],
+            train_dataset=rows(),
+            optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+        )
+    assert not any("dist_reg" in name for name in model.state_dict())
+
+
 def test_a_warm_up_needs_to_know_its_length(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
