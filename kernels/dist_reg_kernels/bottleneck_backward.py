@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_reg_kernels.autoencoders import Weights, inner_site, outer_site
+from dist_reg_kernels.autoencoders import Weights, inner_site, outer_site, views_of
 from dist_reg_kernels.bottleneck_triton import (
     Batch,
     Scratch,
@@ -328,7 +328,8 @@ def bottleneck_backward_triton(
             out = Rows(gradient, True, values)
             both = out if upstream is None else _with_error(batch, one, who, values, gradient, upstream, len(own))
             both = _come_back(batch, one, who, values, both, taken=False)
-            found.extend(_weight_gradients(batch, one, who, values, both))
+            for like, got in zip(views_of(weights)[who.view], _weight_gradients(batch, one, who, values, both)):
+                found.append(got[tuple(map(slice, like.shape))].contiguous())
             if upstream is not None:
                 both = _come_back(batch, one, who, values, out, taken=batch.every)
             _to_hidden(batch, one, who, both, hidden_gradient)

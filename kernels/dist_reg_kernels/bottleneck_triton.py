@@ -8,7 +8,7 @@ there can be, and one that finds no tokens returns at once. A tile belongs to on
     narrow   [N, h]   Drop(tanh(U_k code + a_k)) of those with an inner choice
     decoded  [N, d]   tanh(V_k narrow + c_k) of the same
 
-in the dtype of the weights, for one view at a time, rows padded to 16 elements. The decoder writes y or leaves x, and adds
+in the dtype of the weights, for one view at a time, d and h padded to multiples of 16. The decoder writes y or leaves x, and adds
 up the squared differences of its columns. Sums are fp32; products of fp32 weights are "ieee" and run without tensor
 cores: with tf32 they would hold to three digits.
 """
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dist_reg_kernels import rows
 from dist_reg_kernels.autoencoders import Weights, inner_site, outer_site, views_of
@@ -277,9 +278,9 @@ class Scratch(NamedTuple):
     """What a view's layers hand on."""
 
     code: Tensor
-    """[2, N, d padded], or [1, N, d padded] with the decoded codes in the place of the codes."""
+    """[2, N, d], or [1, N, d] with the decoded codes in the place of the codes."""
     narrow: Tensor
-    """[N, h padded]."""
+    """[N, h]."""
 
     @property
     def decoded(self) -> int:
@@ -410,10 +411,9 @@ def encode(batch: Batch, own: Weights, who: Visitors, scratch: Scratch) -> None:
 
 
 def scratch_of(own: Weights, tokens: int, codes: int = 2) -> Scratch:
-    """Uninitialised; rows padded to 16 elements. With one array of `codes` the decoded ones take the place of the codes."""
-    width, thin = (-(-size // 16) * 16 for size in (own.encoder.shape[0], own.inner_encoder.shape[1]))
+    """Uninitialised. With one array of `codes` the decoded ones take the place of the codes."""
     empty = own.encoder.new_empty
-    return Scratch(empty(codes, tokens, width), empty(tokens, thin))
+    return Scratch(empty(codes, tokens, own.encoder.shape[0]), empty(tokens, own.inner_encoder.shape[1]))
 
 
 def prepare(
@@ -424,7 +424,19 @@ def prepare(
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     places = (views.reshape(-1).contiguous(), keys.reshape(-1).contiguous())
     batch = Batch(flat, *places, seed, site, dropout, reconstruct == "all")
-    return batch, views_of([tensor.contiguous() for tensor in weights])
+    return batch, [padded(own) for own in views_of(weights)]
+
+
+def padded(own: Weights) -> Weights:
+    """Contiguous, with widths d and h that are multiples of 16: zeros where there were none, which stay zeros throughout.
+
+    So every row that a kernel reads begins at 16 bytes. A copy of the weights where the widths are others.
+    """
+    d, h = (-size % 16 for size in (own.encoder.shape[0], own.inner_encoder.shape[1]))
+    if not d + h:
+        return Weights(*(tensor.contiguous() for tensor in own))
+    sides = ((0, 0, 0, d), (0, d), (0, d, 0, h), (0, h), (0, h, 0, d), (0, d), (0, d), (0, 0))
+    return Weights(*(pad(tensor, side) for tensor, side in zip(own, sides)))
 
 
 def bottleneck_triton(
