@@ -145,7 +145,19 @@ def _pull_kernel(
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)
     pulled = product(
-        rows_ptr, row * rows_stride, inside, matrix_ptr, column, columns, depth, 1, columns, ROWS, COLUMNS, DEPTH, WIDE
+        rows_ptr,
+        row * rows_stride,
+        inside,
+        matrix_ptr,
+        column,
+        columns,
+        depth,
+        1,
+        columns,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        WIDE,
     )
     place = (position.to(tl.int64) * value_stride)[:, None] + column[None, :]
     mask = inside[:, None] & (column < columns)[None, :]
@@ -326,9 +338,15 @@ def bottleneck_backward_triton(
             values = scratch_of(one, gradient.shape[0])
             encode(batch, one, who, values)
             out = Rows(gradient, True, values)
-            both = out if upstream is None else _with_error(batch, one, who, values, gradient, upstream, len(own))
+            both = (
+                out
+                if upstream is None
+                else _with_error(batch, one, who, values, gradient, upstream, len(own))
+            )
             both = _come_back(batch, one, who, values, both, taken=False)
-            for like, got in zip(views_of(weights)[who.view], _weight_gradients(batch, one, who, values, both)):
+            for like, got in zip(
+                views_of(weights)[who.view], _weight_gradients(batch, one, who, values, both)
+            ):
                 found.append(got[tuple(map(slice, like.shape))].contiguous())
             if upstream is not None:
                 both = _come_back(batch, one, who, values, out, taken=batch.every)
@@ -457,9 +475,7 @@ def _weight_gradients(batch: Batch, own: Weights, who: Visitors, values: Scratch
     outer_products(
         inside.code, batch.hidden, found.encoder, found.encoder_bias, code, channels, 0, RIGHT_GATHER=True
     )
-    outer_products(
-        inside.narrow, values.code, found.inner_encoder, found.inner_encoder_bias, narrow, code, 0
-    )
+    outer_products(inside.narrow, values.code, found.inner_encoder, found.inner_encoder_bias, narrow, code, 0)
     outer_products(
         inside.code[1], values.narrow, found.inner_decoder, found.inner_decoder_bias, code, narrow, 0
     )

@@ -84,7 +84,9 @@ def product(
             other=0.0,
         )
         right = tl.load(
-            matrix_ptr + k.to(tl.int64)[:, None] * depth_stride + column.to(tl.int64)[None, :] * column_stride,
+            matrix_ptr
+            + k.to(tl.int64)[:, None] * depth_stride
+            + column.to(tl.int64)[None, :] * column_stride,
             mask=(k < depth)[:, None] & (column < columns)[None, :],
             other=0.0,
         )
@@ -111,9 +113,7 @@ def tanh(x):
 
 
 @device_function
-def drop(
-    keys, start, site, seed_low, seed_high, limit, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def drop(keys, start, site, seed_low, seed_high, limit, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The factors [ROWS, COLUMNS] of the columns from `start` on: bottleneck.drop_factor of the tokens' keys [ROWS]."""
     BLOCKS: tl.constexpr = COLUMNS // 4
     zeros = tl.full((ROWS, BLOCKS), 0, tl.int64)
@@ -169,7 +169,19 @@ def _layer_kernel(
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)
     value = product(
-        rows_ptr, row * rows_stride, inside, matrix_ptr, column, columns, depth, depth, 1, ROWS, COLUMNS, DEPTH, WIDE
+        rows_ptr,
+        row * rows_stride,
+        inside,
+        matrix_ptr,
+        column,
+        columns,
+        depth,
+        depth,
+        1,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        WIDE,
     )
     bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     value = tanh(value + bias[None, :])
@@ -301,7 +313,9 @@ def visitors(
         found = []
         for m in range(number):
             group = torch.where(real, 2 * inner[:, m] + (views != m), 2 * groups)
-            found.append(Visitors(m, *_sorted(group, torch.arange(0, 2 * groups + 1, 2, device=views.device))))
+            found.append(
+                Visitors(m, *_sorted(group, torch.arange(0, 2 * groups + 1, 2, device=views.device)))
+            )
         return found
     own = inner.gather(1, views.clamp(max=number - 1)[:, None])[:, 0]
     group = torch.where(views < number, views * groups + own, number * groups)
