@@ -324,14 +324,14 @@ def test_an_example_alone_gives_the_same_rows(backend):
 def test_the_tile_changes_the_sums_by_rounding_only(backend, monkeypatch):
     if backend.name != "triton":
         pytest.skip("only the Triton kernels have tiles")
-    from dist_reg_kernels import bottleneck_backward, bottleneck_triton
+    from dist_reg_kernels import bottleneck_tiles, bottleneck_triton, bottleneck_weights
 
     case = case_of(backend.device, shape=(2, 5, 35), sizes=((20, 17),), reconstruct="all")
     upstream = upstream_of(case)
     expected = results(backend, case, *upstream)
-    for module in (bottleneck_triton, bottleneck_backward):
+    for module in (bottleneck_tiles, bottleneck_triton, bottleneck_weights):
         monkeypatch.setattr(module, "blocks", lambda *_: {"COLUMNS": 16, "DEPTH": 16})
-    monkeypatch.setattr(bottleneck_triton, "rows_of_tile", lambda wide: 16 if backend.device == "cuda" else 2)
+    monkeypatch.setattr(bottleneck_tiles, "rows_of_tile", lambda wide: 16 if backend.device == "cuda" else 2)
     for got, one in zip(results(backend, case, *upstream), expected):
         torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
 

@@ -64,17 +64,17 @@ def main() -> None:
 
 
 def build(name: str, capability: int, dtype: str) -> dict:
-    from dist_reg_kernels import bottleneck_triton
+    from dist_reg_kernels import bottleneck_tiles
 
     kernel, columns, depth = kernel_of(name)
     wide = dtype == "fp32"
     names = kernel.arg_names
-    tile = bottleneck_triton.blocks(columns, depth, wide)
+    tile = bottleneck_tiles.blocks(columns, depth, wide)
     constants = {
         **KERNELS[name],
         **tile,
         "WIDE": wide,
-        "ROWS": bottleneck_triton.rows_of_tile(wide) if "weight" not in name else 64,
+        "ROWS": bottleneck_tiles.rows_of_tile(wide) if "weight" not in name else 64,
         "CHOICES": CHOICES,
         "GROUPS": CHOICES if KERNELS[name].get("BY_CHOICE") else CHOICES + 1,
         "TAKEN": True,
@@ -102,7 +102,7 @@ def build(name: str, capability: int, dtype: str) -> dict:
 
 def kernel_of(name: str) -> tuple[Any, int, int]:
     """The kernel, and the columns and the depth of its product."""
-    from dist_reg_kernels import bottleneck_backward, bottleneck_triton
+    from dist_reg_kernels import bottleneck_backward, bottleneck_triton, bottleneck_weights
 
     channels, width, thin = SIZES
     tokens = 4096
@@ -114,8 +114,8 @@ def kernel_of(name: str) -> tuple[Any, int, int]:
         "back through decoder": (bottleneck_backward._pull_kernel, width, channels),
         "back through inner": (bottleneck_backward._pull_kernel, width, thin),
         "hidden": (bottleneck_backward._hidden_kernel, channels, width),
-        "weight": (bottleneck_backward._weight_kernel, channels, tokens),
-        "inner weight": (bottleneck_backward._weight_kernel, width, tokens),
+        "weight": (bottleneck_weights._weight_kernel, channels, tokens),
+        "inner weight": (bottleneck_weights._weight_kernel, width, tokens),
     }[name]
 
 
