@@ -183,8 +183,8 @@ def visitors(
 
 def _sorted(group: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
     """The order that sorts by group, and where in it each of `firsts` begins."""
-    group, order = group.sort(stable=True)
-    return order, torch.searchsorted(group, firsts, out_int32=True)
+    group, order = group.int().sort(stable=True)
+    return order, torch.searchsorted(group, firsts.int(), out_int32=True)
 
 
 def prepare(

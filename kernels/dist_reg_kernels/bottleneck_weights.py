@@ -130,7 +130,7 @@ def weight_gradients(batch: Batch, own: Weights, who: Visitors, values: Scratch,
         groups = choices if by_choice else 1
         if not groups:
             return
-        tile = blocks(columns, batch.hidden.shape[0], wide)
+        tile = blocks(columns, 64, wide)
         across = min(blocks(height, 1, wide)["COLUMNS"], 64)
         grid = (-(-height // across), -(-columns // tile["COLUMNS"]), groups)
         _weight_kernel[grid](
