@@ -115,6 +115,12 @@ class Rows(NamedTuple):
     inside: Scratch
 
 
+def tile_of(height: int, columns: int, wide: bool) -> dict[str, int]:
+    """The tile of a weight [height, columns], and how many tokens are taken at once: in fp32 with 32 it spilled."""
+    down, across = (blocks(size, 16 if wide else 64, wide) for size in (height, columns))
+    return {"ROWS": min(down["COLUMNS"], 64), **across}
+
+
 def weight_gradients(batch: Batch, own: Weights, who: Visitors, values: Scratch, rows: Rows) -> Weights:
     """Each gradient as the sum of rows times what its layer read."""
     channels, choices = batch.hidden.shape[1], own.inner_encoder.shape[0]
@@ -130,16 +136,14 @@ def weight_gradients(batch: Batch, own: Weights, who: Visitors, values: Scratch,
         groups = choices if by_choice else 1
         if not groups:
             return
-        tile = blocks(columns, 64, wide)
-        across = min(blocks(height, 1, wide)["COLUMNS"], 64)
-        grid = (-(-height // across), -(-columns // tile["COLUMNS"]), groups)
+        tile = tile_of(height, columns, wide)
+        grid = (-(-height // tile["ROWS"]), -(-columns // tile["COLUMNS"]), groups)
         _weight_kernel[grid](
             *(left, right, weight, bias, who.order, who.bounds, *strides, height, columns),
             **{"LEFT_GATHER": False, "RIGHT_GATHER": False, **gather},
             BY_CHOICE=by_choice,
             CHOICES=choices,
             WIDE=wide,
-            ROWS=across,
             **tile,
             num_warps=4,
             num_stages=3,

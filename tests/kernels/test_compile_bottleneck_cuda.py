@@ -28,6 +28,17 @@ KERNELS = {
     "inner weight": {"LEFT_GATHER": False, "RIGHT_GATHER": False, "BY_CHOICE": True},
 }
 
+# Pointers to tensors of the stream; the others are of the weights' dtype.
+STREAMS = {
+    "outer encoder": ("rows_ptr",),
+    "decoder": ("hidden_ptr", "out_ptr"),
+    "error": ("hidden_ptr", "gradient_ptr"),
+    "back through decoder": ("rows_ptr",),
+    "hidden": ("out_ptr",),
+    "weight": ("right_ptr",),
+}
+PAIRS = [*((dtype, dtype) for dtype in DTYPES), ("bf16", "fp32")]  # of stream and weights
+
 
 @pytest.fixture(scope="module")
 def builds() -> list[dict]:
@@ -36,7 +47,7 @@ def builds() -> list[dict]:
 
 
 def test_every_variant_builds(builds):
-    assert len(builds) == len(KERNELS) * len(CAPABILITIES) * len(DTYPES)
+    assert len(builds) == len(KERNELS) * len(CAPABILITIES) * len(PAIRS)
 
 
 def test_nothing_spills(builds):
@@ -50,7 +61,7 @@ def test_loads_are_16_bytes_wide(builds):
 
 
 def main() -> None:
-    wanted = list(product(KERNELS, CAPABILITIES, DTYPES))
+    wanted = list(product(KERNELS, CAPABILITIES, PAIRS))
     from dist_reg_kernels import bottleneck  # noqa: F401  imported once, before the workers fork
 
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
@@ -60,21 +71,24 @@ def main() -> None:
         return
     for one in report:
         figures = [one[key] for key in ("registers", "stack", "shared", "wide_load", "wide_copy")]
-        print(one["kernel"], one["capability"], one["dtype"], *figures, sep=" | ")
+        print(one["kernel"], one["capability"], *one["dtypes"], *figures, sep=" | ")
 
 
-def build(name: str, capability: int, dtype: str) -> dict:
-    from dist_reg_kernels import bottleneck_tiles
+def build(name: str, capability: int, dtypes: tuple[str, str]) -> dict:
+    from dist_reg_kernels import bottleneck_tiles, bottleneck_weights
 
     kernel, columns, depth = kernel_of(name)
+    stream, dtype = dtypes
     wide = dtype == "fp32"
     names = kernel.arg_names
-    tile = bottleneck_tiles.blocks(columns, depth, wide)
+    if "weight" in name:
+        tile = bottleneck_weights.tile_of(depth, columns, wide)
+    else:
+        tile = {"ROWS": bottleneck_tiles.rows_of_tile(wide), **bottleneck_tiles.blocks(columns, depth, wide)}
     constants = {
         **KERNELS[name],
         **tile,
         "WIDE": wide,
-        "ROWS": bottleneck_tiles.rows_of_tile(wide) if "weight" not in name else 64,
         "CHOICES": CHOICES,
         "GROUPS": CHOICES if KERNELS[name].get("BY_CHOICE") else CHOICES + 1,
         "TAKEN": True,
@@ -87,10 +101,10 @@ def build(name: str, capability: int, dtype: str) -> dict:
     return {
         "kernel": name,
         "capability": capability,
-        "dtype": dtype,
+        "dtypes": dtypes,
         **cross_compile(
             kernel,
-            {one: type_of(one, dtype) for one in names},
+            {one: type_of(one, stream if one in STREAMS.get(name, ()) else dtype) for one in names},
             constants,
             aligned,
             capability=capability,
@@ -101,11 +115,10 @@ def build(name: str, capability: int, dtype: str) -> dict:
 
 
 def kernel_of(name: str) -> tuple[Any, int, int]:
-    """The kernel, and the columns and the depth of its product."""
+    """The kernel, and the columns and the depth of its product, or the columns and the rows of a weight."""
     from dist_reg_kernels import bottleneck_backward, bottleneck_triton, bottleneck_weights
 
     channels, width, thin = SIZES
-    tokens = 4096
     return {
         "outer encoder": (bottleneck_triton._layer_kernel, width, channels),
         "inner encoder": (bottleneck_triton._layer_kernel, thin, width),
@@ -114,13 +127,13 @@ def kernel_of(name: str) -> tuple[Any, int, int]:
         "back through decoder": (bottleneck_backward._pull_kernel, width, channels),
         "back through inner": (bottleneck_backward._pull_kernel, width, thin),
         "hidden": (bottleneck_backward._hidden_kernel, channels, width),
-        "weight": (bottleneck_weights._weight_kernel, channels, tokens),
-        "inner weight": (bottleneck_weights._weight_kernel, width, tokens),
+        "weight": (bottleneck_weights._weight_kernel, channels, width),
+        "inner weight": (bottleneck_weights._weight_kernel, width, thin),
     }[name]
 
 
 def type_of(name: str, dtype: str) -> str:
-    """Streams and weights are of `dtype`, errors fp32."""
+    """Tensors are of `dtype`, errors fp32."""
     if name in ("limit", "scale", "factor"):
         return "fp32"
     if name in ("order_ptr", "views_ptr", "keys_ptr"):
