@@ -38,7 +38,6 @@ def cross_compile(
     capability: int,
     warps: int,
     fp_fusion: bool,
-    stages: int = 3,
 ) -> dict[str, Any]:
     """Shared memory, registers, stack and width of the accesses of one build.
 
@@ -58,7 +57,7 @@ def cross_compile(
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         ),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "enable_fp_fusion": fp_fusion, "num_stages": stages},
+        options={"num_warps": warps, "enable_fp_fusion": fp_fusion},
     )
     registers, stack = _resources(compiled.asm["cubin"])
     return {
