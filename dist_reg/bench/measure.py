@@ -56,7 +56,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: str, rounds: int, compiled
         operation = OPERATIONS[name]
         for which in operation.passes:
             row = _empty_row(name, which, shape, dtype, batch)
-            row["bytes"] = operation.streams_moved(which) * batch.hidden.nbytes
+            row["bytes"] = operation.bytes_moved(which, batch)
             if isinstance(case, Case):
                 row |= _timed(row["bytes"], times, case, name, which, batch.hidden.element_size())
                 if device == "cuda":

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, rms_norm
+from torch.nn.functional import layer_norm, linear, rms_norm
 
 from dist_reg import noise, ops
 
 SIGMA, SEED, SITE, EPSILON = 0.1, 1, 7, 1e-5
+INNER = 2  # inner autoencoders in each of bottleneck's three
 
 Noise = Callable[[Tensor], Tensor]
 Outputs = tuple[Tensor, ...]
@@ -35,6 +36,12 @@ class Batch(NamedTuple):
     """int32 [B, 2]"""
     mask: Tensor
     """[B, T, 1] in the dtype of the streams, as an eager user multiplies with it"""
+    views: Tensor
+    """int64 [B, T], 0 to 3: the autoencoder that a token takes, or none"""
+    inner: Tensor
+    """int64 [B, T, 3], 0 to 2: the inner one that it takes in each, or none"""
+    token_keys: Tensor
+    """int64 [B, T]"""
 
     @property
     def noise(self) -> dict[str, Any]:
@@ -46,7 +53,7 @@ class Operation(NamedTuple):
     """One entry: the public operation, its plain form, and the bytes that one pass must move."""
 
     streams: Callable[[Batch], Outputs]
-    """The tensors that it reads and that get a gradient; the last dimension is the one that a sum runs over."""
+    """The tensors that it reads and that get a gradient; of the first, a sum runs over the last dimension."""
     ours: Callable[..., Outputs]
     """(batch, *streams) to outputs"""
     plain: Callable[..., Outputs]
@@ -59,6 +66,8 @@ class Operation(NamedTuple):
     """Of its noise; None for an operation that draws none."""
     eager: str = "normal"
     """Distribution of the noise that eager torch draws in its place: `sigma * torch.randn_like(h)`, or "uniform"."""
+    weights: bool = False
+    """Whether all but its first stream are weights: read forward, read again and their gradients written backward."""
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -66,6 +75,13 @@ class Operation(NamedTuple):
 
     def streams_moved(self, which: str) -> int:
         return {"forward": self.forward, "backward": self.backward}.get(which, self.forward + self.backward)
+
+    def bytes_moved(self, which: str, batch: Batch) -> int:
+        moved = self.streams_moved(which) * batch.hidden.nbytes
+        if self.weights:
+            times = {"forward": 1, "backward": 2, "both": 3}[which]
+            moved += times * sum(weight.nbytes for weight in self.streams(batch)[1:])
+        return moved
 
     def eager_noise(self, stream: Tensor) -> Tensor:
         """sigma * eps from torch's own generator."""
@@ -86,6 +102,9 @@ def make_batch(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> 
         noise.example_keys(torch.arange(batch, device=device), epoch=0),
         noise.token_spans(None, batch, tokens, device),
         torch.ones(batch, tokens, 1, dtype=dtype, device=device),
+        torch.randint(4, (batch, tokens), generator=generator, device=device),
+        torch.randint(INNER + 1, (batch, tokens, 3), generator=generator, device=device),
+        torch.arange(batch * tokens, device=device).view(batch, tokens),
     )
 
 
@@ -131,6 +150,58 @@ def _rms_norm(batch: Batch, hidden: Tensor, **changed: Any) -> Outputs:
 def _plain_symmetric_kl(_draw: Noise, _batch: Batch, logits: Tensor, other: Tensor) -> Outputs:
     p, q = logits.log_softmax(-1), other.log_softmax(-1)
     return (((p.exp() - q.exp()) * (p - q)).sum(-1),)
+
+
+def _hidden_and_weights(batch: Batch) -> Outputs:
+    """hidden, and three autoencoders of widths D/6, D/3 and 2D/3 with inner ones of half their width."""
+    hidden = batch.hidden
+    channels = hidden.shape[-1]
+    generator = torch.Generator(hidden.device).manual_seed(2)
+    weights = []
+    for width in (max(channels // 6, 1), max(channels // 3, 1), max(2 * channels // 3, 1)):
+        narrow = max(width // 2, 1)
+        encoders = (width, channels), (width,), (INNER, narrow, width), (INNER, narrow)
+        decoders = (INNER, width, narrow), (INNER, width), (channels, width), (channels,)
+        for shape in (*encoders, *decoders):
+            weight = torch.randn(shape, generator=generator, device=hidden.device) / shape[-1] ** 0.5
+            weights.append(weight.to(hidden.dtype))
+    return hidden, *weights
+
+
+def _bottleneck(batch: Batch, hidden: Tensor, *weights: Tensor, reconstruct: str) -> Outputs:
+    out, error = ops.bottleneck(
+        hidden,
+        weights,
+        views=batch.views,
+        inner=batch.inner,
+        token_keys=batch.token_keys,
+        seed=SEED,
+        site=SITE,
+        spans=batch.spans,
+        reconstruct=reconstruct,
+    )
+    return (out,) if reconstruct == "none" else (out, error)
+
+
+def _plain_bottleneck(batch: Batch, hidden: Tensor, *weights: Tensor) -> Tensor:
+    """Every autoencoder and every inner one on every token, then torch.where."""
+    out = hidden
+    for m in range(3):
+        own = weights[8 * m : 8 * m + 8]
+        code = torch.tanh(linear(hidden, own[0], own[1]))
+        decoded = code
+        for k in range(INNER):
+            narrow = torch.tanh(linear(code, own[2][k], own[3][k]))
+            chosen = (batch.inner[..., m] == k)[..., None]
+            decoded = torch.where(chosen, torch.tanh(linear(narrow, own[4][k], own[5][k])), decoded)
+        out = torch.where((batch.views == m)[..., None], linear(decoded, own[6], own[7]), out)
+    return out
+
+
+def _plain_reconstruction(_draw: Noise, batch: Batch, hidden: Tensor, *weights: Tensor) -> Outputs:
+    # The error must not reach hidden: the autoencoders see it a second time, detached.
+    apart = _plain_bottleneck(batch, hidden.detach(), *weights) - hidden.detach()
+    return _plain_bottleneck(batch, hidden, *weights), apart.float().square().mean(-1)
 
 
 def _perturb(distribution: str, eager: str = "normal") -> Operation:
@@ -200,5 +271,26 @@ OPERATIONS: dict[str, Operation] = {
         forward=2,
         backward=4,
         distribution=None,
+    ),
+    # A token costs 4 D d + 4 d h FLOP forward, those of its own autoencoder (the latter with an inner choice), and up to
+    # four times that backward: the inside again, two rows back through the layers, and the weights.
+    "bottleneck": Operation(
+        streams=_hidden_and_weights,
+        ours=partial(_bottleneck, reconstruct="sampled"),
+        plain=_plain_reconstruction,
+        forward=2,
+        backward=3,
+        distribution=None,
+        weights=True,
+    ),
+    # Without the error eager torch goes through its autoencoders once, too.
+    "bottleneck, no reconstruction": Operation(
+        streams=_hidden_and_weights,
+        ours=partial(_bottleneck, reconstruct="none"),
+        plain=lambda draw, batch, hidden, *weights: (_plain_bottleneck(batch, hidden, *weights),),
+        forward=2,
+        backward=3,
+        distribution=None,
+        weights=True,
     ),
 }

@@ -37,41 +37,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_reg_kernels.autoencoders import Weights, inner_site, outer_site, views_of
+from dist_reg_kernels.bottleneck_backward import bottleneck_backward_triton
+from dist_reg_kernels.bottleneck_triton import bottleneck_triton, triton
 from dist_reg_kernels.philox import inside_spans, noise_reference
+
+__all__ = [
+    "RECONSTRUCT",
+    "Inside",
+    "Uniform",
+    "Visit",
+    "Weights",
+    "backward",
+    "bottleneck_backward_torch",
+    "bottleneck_backward_triton",
+    "bottleneck_reference",
+    "bottleneck_torch",
+    "bottleneck_triton",
+    "drop_factor",
+    "forward",
+    "go_through",
+    "inner_site",
+    "outer_site",
+    "triton",
+    "views_of",
+    "visits",
+]
 
 RECONSTRUCT = ("all", "sampled", "none")
 
 Uniform = Callable[[Tensor, int, int, int], Tensor]
 """(keys [n], channels, seed, site) to U(-1, 1) in fp32 [n, channels]."""
-
-
-class Weights(NamedTuple):
-    """The tensors of one autoencoder, in the order of the operation's list."""
-
-    encoder: Tensor
-    encoder_bias: Tensor
-    inner_encoder: Tensor
-    inner_encoder_bias: Tensor
-    inner_decoder: Tensor
-    inner_decoder_bias: Tensor
-    decoder: Tensor
-    decoder_bias: Tensor
-
-
-def views_of(weights: Sequence[Tensor]) -> list[Weights]:
-    """The flat list of tensors, view by view."""
-    size = len(Weights._fields)
-    return [Weights(*weights[i : i + size]) for i in range(0, len(weights), size)]
-
-
-def outer_site(site: int, view: int) -> int:
-    """The site of the dropout behind the outer encoder of `view`."""
-    return site + (2 * view << 16)
-
-
-def inner_site(site: int, view: int) -> int:
-    """The site of the dropout behind the inner encoders of `view`."""
-    return site + (2 * view + 1 << 16)
 
 
 def bottleneck_reference(

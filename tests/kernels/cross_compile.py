@@ -65,13 +65,14 @@ def cross_compile(
         "registers": registers,
         "stack": stack,
         "wide_load": "ld.global.v4.b32" in compiled.asm["ptx"],
+        "wide_copy": bool(re.search(r"cp\.async\.c[ag]\.shared\.global.*0x10", compiled.asm["ptx"])),
         "wide_store": "st.global.v4.b32" in compiled.asm["ptx"],
     }
 
 
-def check_resources(build: dict[str, Any], registers: int) -> None:
-    """Little shared memory, no spilled registers, at most `registers` of them."""
-    assert build["shared"] <= SHARED_MEMORY_LIMIT, build
+def check_resources(build: dict[str, Any], registers: int, shared: int = SHARED_MEMORY_LIMIT) -> None:
+    """At most `shared` bytes of shared memory, no spilled registers, at most `registers` of them."""
+    assert build["shared"] <= shared, build
     if build["registers"] is not None:  # this Triton ships the tool that reads them
         assert build["stack"] == 0, build
         assert build["registers"] <= registers, build
