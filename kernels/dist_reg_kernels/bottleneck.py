@@ -231,7 +231,8 @@ def forward(
         else:
             out[visit.rows[visit.taken]] = y[visit.taken]
         if reconstruct != "none":
-            part = (inside.y.float() - inside.x.float()).square().mean(-1)
+            apart = torch.linalg.vector_norm(inside.y.float() - inside.x.float(), dim=-1)
+            part = apart.square_() / channels
             error[visit.rows] += part / len(own) if reconstruct == "all" else part
     return out.view(hidden.shape), error.view(batch, tokens)
 
@@ -300,8 +301,8 @@ def backward(
         taken = visit.rows if visit.taken is None else visit.rows[visit.taken]
         pull = None
         if reconstruct != "none":
-            factor = upstream[visit.rows] * (2 / flat.shape[1] / (len(own) if reconstruct == "all" else 1))
-            pull = (inside.y - inside.x) * factor[:, None].to(inside.y.dtype)
+            pull = upstream[visit.rows] * (2 / flat.shape[1] / (len(own) if reconstruct == "all" else 1))
+            pull = pull.to(inside.y.dtype)
         from_out, found = _come_back(
             flat_gradient[taken].to(inside.y.dtype), pull, own[visit.view], visit, inside
         )
@@ -315,15 +316,21 @@ def _come_back(
 ) -> tuple[Tensor, Weights]:
     """The gradients of x [s, D], from that of `out` alone, and of the weights, from both.
 
-    `from_out` [s, D] is the gradient of `out` at the tokens that take this view, `pull` [n, D] that of the error at all
-    that visit it.
+    `from_out` [s, D] is the gradient of `out` at the tokens that take this view; `pull` [n] times y - x is that of the
+    error at all that visit it.
     """
     n, taken = visit.rows.shape[0], visit.taken
     if pull is None:
         both, taken_bounds = from_out, visit.bounds  # one gradient: nothing tells the weights from hidden
     else:
-        total = pull.add_(from_out) if taken is None else pull.index_add_(0, taken, from_out)
-        both, taken_bounds = torch.cat((total, from_out)), visit.taken_bounds or visit.bounds
+        both, taken_bounds = from_out.new_empty(n + len(from_out), from_out.shape[1]), visit.taken_bounds
+        total = torch.sub(inside.y, inside.x, out=both[:n]).mul_(pull[:, None])
+        both[n:] = from_out
+        if taken is None:
+            total += from_out
+            taken_bounds = visit.bounds
+        else:
+            total.index_add_(0, taken, from_out)
 
     def times(rows: Tensor, factor: Tensor, begin: int, end: int, first: int, last: int) -> None:
         """Multiply the rows begin..end of the n, and those of them taken (first..last), by `factor` [end - begin, .]."""
