@@ -31,10 +31,10 @@ def implementation(family: str, operation: str, tensor: Tensor) -> Callable[...,
 def backend_of(tensor: Tensor) -> str:
     """The backend for tensors like `tensor`. Raises UserError where the forced one cannot take them."""
     forced = os.environ.get("DIST_REG_KERNELS")
+    if not forced and tensor.is_cpu:
+        return "cpu"
     device = tensor.device.type
     if not forced:
-        if device == "cpu":
-            return "cpu"
         return "triton" if device == "cuda" and tensor.dtype != torch.float64 else "reference"
     if forced not in BACKENDS:
         raise UserError(f"unknown DIST_REG_KERNELS={forced!r}: {nearest(forced, BACKENDS)}")

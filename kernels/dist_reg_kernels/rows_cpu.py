@@ -146,7 +146,10 @@ def for_rows(function: Callable[..., None], rows: int, columns: int, arguments: 
     a thread gets few pieces or none then, and this one waits for no thread that has not begun.
     """
     threads = max(1, min(torch.get_num_threads(), rows, rows * columns // ELEMENTS_PER_THREAD))
-    pieces = 1 if threads == 1 else min(rows, PIECES * threads)
+    if threads == 1:
+        function(0, rows, *arguments)
+        return
+    pieces = min(rows, PIECES * threads)
     turns = iter([(rows * i // pieces, rows * (i + 1) // pieces) for i in range(pieces)])
 
     def share() -> None:
@@ -177,8 +180,9 @@ def _help(share: Callable[[], None], lock: Lock, errors: list[BaseException]) ->
 
 def as_rows(tensor: Tensor) -> np.ndarray:
     """A tensor [..., C] as a NumPy array [rows, C], copied only where it is not contiguous; bf16 as uint16."""
-    flat = tensor.detach().contiguous().view(-1, tensor.shape[-1])
-    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    flat = tensor.detach().contiguous()
+    array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    return array.reshape(-1, array.shape[-1])
 
 
 def span_array(spans: Tensor | None) -> np.ndarray:

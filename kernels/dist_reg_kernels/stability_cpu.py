@@ -23,10 +23,10 @@ def squared_distance(clean, noisy, zero):
 
 
 @compiled
-def _distances(begin, end, clean, noisy, distance, spans, tokens):
-    zero = distance.dtype.type(0)
+def _distances(begin, end, twin, distance, spans, tokens):
+    zero, half = distance.dtype.type(0), distance.size
     for r in range(begin, end):
-        distance[r] = squared_distance(clean[r], noisy[r], zero) if is_real(r, spans, tokens) else zero
+        distance[r] = squared_distance(twin[r], twin[half + r], zero) if is_real(r, spans, tokens) else zero
 
 
 @numba.njit(inline="always")
@@ -71,13 +71,12 @@ def stability_cpu(twin: Tensor, spans: Tensor | None) -> Tensor:
         twin = twin.float()
     double, tokens, channels = twin.shape
     dtype = torch.float64 if twin.dtype == torch.float64 else torch.float32
-    distance = torch.zeros(double // 2, tokens, dtype=dtype)
     if twin.numel() == 0:
-        return distance
-    whole, count = as_rows(twin), distance.numel()
-    arguments = (whole[:count], whole[count:], distance.numpy().reshape(-1), span_array(spans), tokens)
-    for_rows(_distances, count, channels // 4, arguments)
-    return distance
+        return torch.zeros(double // 2, tokens, dtype=dtype)
+    count = double // 2 * tokens
+    distance = torch.empty(count, dtype=dtype)
+    for_rows(_distances, count, channels // 4, (as_rows(twin), distance.numpy(), span_array(spans), tokens))
+    return distance.view(-1, tokens)
 
 
 def stability_backward_cpu(
