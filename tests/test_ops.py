@@ -254,3 +254,20 @@ def test_errors_name_the_argument_and_what_was_expected(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.perturb(**(arguments | change))
+
+
+def test_who_counts_operators_sees_it_and_gets_the_same_numbers():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    hidden, keys, spans = inputs()
+    alone = perturbed(hidden, keys, spans)
+    with Record():
+        watched = perturbed(hidden, keys, spans)
+    assert "dist_reg.perturb.default" in seen
+    assert torch.equal(alone, watched)

@@ -50,6 +50,15 @@ def backend_of(tensor: Tensor) -> str:
     return forced
 
 
+def nobody_watches(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` may run at once, past torch's dispatcher, which takes a tenth of a millisecond on
+    caches gone cold: only who compiles, traces or counts operators would miss it."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and not _modes() and not _transforms()
+
+
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+
+
 @cache
 def _load(family: str, operation: str, backend: str) -> Callable[..., Any]:
     # Imported at the first call: `import dist_reg` stays quick, and Triton reads TRITON_INTERPRET late.

@@ -1,9 +1,11 @@
 """Noise added to a stream of hidden states: `dist_reg_kernels.perturb`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dist_reg.ops.backend import implementation
+from dist_reg.ops.backend import implementation, nobody_watches
 from dist_reg.ops.checks import check_keys, check_noise, check_spans, check_stream, signed_seed
 
 
@@ -33,16 +35,22 @@ def perturb(
     check_keys(example_keys, hidden_states.shape[0], hidden_states)
     check_spans(spans, hidden_states.shape[0], hidden_states)
     check_noise(sigma, distribution, scale)
-    return _perturb(
-        hidden_states,
-        example_keys,
-        spans,
-        signed_seed(seed),
-        site,
-        sigma,
-        distribution,
-        scale == "relative",
-    )
+    options = (example_keys, spans, signed_seed(seed), site, sigma, distribution, scale == "relative")
+    if nobody_watches(hidden_states):
+        return _Perturb.apply(hidden_states, *options)
+    return _perturb(hidden_states, *options)
+
+
+class _Perturb(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *options: Any) -> Tensor:
+        return implementation("perturb", "perturb", hidden)(hidden, *options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _identity_gradient(ctx, *gradients)
 
 
 @torch.library.custom_op("dist_reg::perturb", mutates_args=())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_reg.errors import UserError
-from dist_reg.ops.backend import implementation
+from dist_reg.ops.backend import implementation, nobody_watches
 from dist_reg.ops.checks import check_keys, check_noise, check_spans, check_stream, signed_seed
 
 
@@ -79,18 +79,13 @@ class _Stability(torch.autograd.Function):
     def forward(ctx: Any, twin: Tensor, spans: Tensor | None, detach_clean: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(twin, spans)
         ctx.detach_clean = detach_clean
-        # The dispatcher takes a seventh of a small pass, and only who traces or watches operators misses it.
-        alone = not torch.compiler.is_compiling() and type(twin) is Tensor and not _modes()
-        return twin.view_as(twin), (_make_distance if alone else _distance)(twin, spans)
+        return twin.view_as(twin), (_make_distance if nobody_watches(twin) else _distance)(twin, spans)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         twin, spans = ctx.saved_tensors
         gradient, upstream = gradients
         return _stability_backward(twin, spans, gradient, upstream, ctx.detach_clean), None, None
-
-
-_modes = torch._C._len_torch_dispatch_stack
 
 
 def _make_distance(twin: Tensor, spans: Tensor | None) -> Tensor:
