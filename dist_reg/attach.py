@@ -96,6 +96,7 @@ class Handle:
         self.warming_up = False
         """Whether the next forwards train the added modules alone: everything else in the loss then counts 0."""
         self._learning_rates: dict[nn.Module, float] = {}
+        self._rates_are_known = False
         self._added: dict[int, str] = {}
         self.backbone = find_backbone(model, layers_path)
         self._parameters = parameter_names(model)
@@ -143,6 +144,9 @@ class Handle:
         self._outputs_are_read = True
 
     def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> None:
+        place = next(self.backbone.layers[0].parameters(), None)
+        if place is not None and not hasattr(place, "ds_id") and not place.is_meta:
+            module.to(place.device)
         self.model.add_module(EXTRA + name, module)
         self._undo.append(functools.partial(delattr, self.model, EXTRA + name))
         self._learning_rates[module] = learning_rate_multiple
@@ -161,8 +165,9 @@ class Handle:
         self.reads_outputs()
 
     def transform_feed_forward(self, layer: int, transform: Transform) -> None:
-        module = feed_forward_output(self.backbone.layers[layer], self.backbone.hidden_size)
-        if module is None:
+        block: Any = self.backbone.layers[layer]
+        module = feed_forward_output(block, self.backbone.hidden_size)
+        if module is None or getattr(block, "chunk_size_feed_forward", 0):
             raise UserError(
                 f"{self._attaching}: {type(self.backbone.layers[layer]).__name__} shows no feed-forward whose last "
                 "projection could be told; use site: output."
@@ -237,6 +242,7 @@ class Handle:
 
     def learning_rate_multiples(self) -> dict[nn.Parameter, float]:
         """Of the parameters that the methods added to the model."""
+        self._rates_are_known = True
         return {
             parameter: multiple
             for module, multiple in self._learning_rates.items()
@@ -260,6 +266,11 @@ class Handle:
             self._undo.pop()()
         self._reparametrised.clear()
         self._learning_rates.clear()
+
+    @property
+    def removed(self) -> bool:
+        """Whether everything has been taken off."""
+        return not self._undo
 
     def __enter__(self) -> Handle:
         return self
@@ -404,6 +415,11 @@ class Handle:
         if not module.training or step is None:
             return None
         hidden_states = first_output(output)
+        if hidden_states.dim() != 3 or hidden_states.shape[1] != step.tokens:
+            raise UserError(
+                f"{type(module).__name__} in layer {layer} returns {list(hidden_states.shape)} where [batch, {step.tokens} "
+                "tokens, channels] was expected, so no method can act on its tokens; use site: output."
+            )
         for transform in transforms:
             hidden_states = transform(hidden_states, step.of(hidden_states))
         return replace_first_output(output, hidden_states)
@@ -432,6 +448,8 @@ class Handle:
         self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], example_keys: Tensor | None
     ) -> Any:
         """What the wrapped forward of a model in training does: `call`, the model's own, and the methods around it."""
+        if self._forwards == 0 and self._learning_rates:
+            self._check_added_modules()
         step = self._begin(args, kwargs, example_keys)
         try:
             args, kwargs = self._second_stream(args, kwargs, step)
@@ -533,6 +551,21 @@ class Handle:
         if self._forwards == 0:
             self._warn({metric: float(value) for metric, value in diagnostics(step).items()})
         return outputs if self._stream is None else streams.first_half(outputs, step.batch)
+
+    def _check_added_modules(self) -> None:
+        """Warn where what a method added cannot learn as it should."""
+        names = ", ".join(dict.fromkeys(self._added.values()))
+        if not self._rates_are_known:
+            logger.warning(
+                "%s added modules that learn at a rate of their own, and nobody has asked for it; make the optimizer from "
+                "handle.parameter_groups(rate), or use dist_reg.Trainer, which also has the warm-up.",
+                names,
+            )
+        if not all(p.requires_grad for module in self._learning_rates for p in module.parameters()):
+            logger.warning(
+                "%s added modules whose parameters have been frozen since, as PEFT does; call regularize after get_peft_model.",
+                names,
+            )
 
     def _warn(self, metrics: dict[str, float]) -> None:
         for method in self.methods:

@@ -9,14 +9,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dist_reg.methods.base import Step
 from dist_reg.model import keyed_generator
-from dist_reg.noise import step_keys, token_keys
+from dist_reg.noise import noise_survival, step_keys, token_keys
 from dist_reg.ops import bottleneck, perturb
+from dist_reg.streams import mean_over_real_tokens
+
+if TYPE_CHECKING:
+    from dist_reg.methods.mvcr import MVCR
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class ViewDraw:
         edges = accumulate(self.probabilities[:-1])
         views = torch.stack([uniform[..., 0] >= edge for edge in edges]).sum(0)
         inner = (uniform[..., 1:] * (self.choices + 1)).long().clamp_(max=self.choices)
+        if self.per == "position" and step.spans is not None:
+            # Counted from an example's first real token, wherever its padding lies.
+            counted = (torch.arange(length, device=device) - step.spans[:, :1]).clamp_(min=0)
+            return views[0][counted], inner[0][counted]
         return views.expand(batch, step.tokens), inner.expand(batch, step.tokens, number)
 
 
@@ -127,3 +136,48 @@ class RandomAutoencoders(nn.Module):
         return (
             f"{self.channels}, widths={self.widths}, inner={self.choices}, reconstruct={self.reconstruct!r}"
         )
+
+
+@dataclass(eq=False)
+class Insertion:
+    """What MVCR does at one place. A copied model's copy follows its own copy of the module."""
+
+    method: MVCR
+    layer: int
+    draw: ViewDraw
+    module: RandomAutoencoders
+    noise_site: int
+    """Of the noise on what enters, from `dist_reg.noise.site_id`."""
+
+    def __call__(self, hidden_states: Tensor, step: Step) -> Tensor:
+        """Hidden states [B, T, D] with every token's own view; the reconstruction goes into `step`."""
+        if self.method.input_noise:
+            hidden_states = self._noisy(hidden_states, step)
+        views, inner = self.draw(step)
+        out, error = self.module(hidden_states, views, inner, step)
+        if self.method.weight:
+            mean = mean_over_real_tokens(self._weighed(error, views), step.spans)
+            step.add_term(self.method.name, self.layer, self.method.weight * mean)
+        return out
+
+    def _noisy(self, hidden_states: Tensor, step: Step) -> Tensor:
+        noisy = perturb(
+            hidden_states,
+            sigma=self.method.input_noise,
+            seed=step.seed,
+            example_keys=step.example_keys,
+            site=self.noise_site,
+            spans=step.spans,
+        )
+        if step.measure:
+            survival = noise_survival(hidden_states, noisy, step.spans)
+            step.values[f"{self.method.name}/noise_survival", self.noise_site] = survival
+        return noisy
+
+    def _weighed(self, error: Tensor, views: Tensor) -> Tensor:
+        """[B, T], the mean over all autoencoders, or with `sampled` what has it as its expectation."""
+        if self.method.reconstruct == "all":
+            return error
+        # One of M, drawn with probability p, counts 1 / (M p).
+        shares = [self.method.autoencoders * p for p in self.method.view_probabilities()[:-1]]
+        return error * sum((views == m) / share for m, share in enumerate(shares) if share)

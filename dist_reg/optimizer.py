@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -61,9 +61,10 @@ def after_warm_up(scheduler: LRScheduler, optimizer: Optimizer, steps: int) -> L
 
 
 def start_anew(optimizer: Any) -> None:
-    """Make the model's own parameters as new to an Adam that has so far seen zeros for their gradients.
+    """Let the optimizer forget what it kept of the model's own parameters, which stood still with gradients of zero.
 
-    Its moments are 0, but it has counted the steps, without which the first ones would be up to six times too large.
+    Adam's moments are 0 then, but it has counted the steps, without which the first ones would be up to six times too
+    large. What is forgotten is made again at the next step, as in a new optimizer.
     """
     zero, base = optimizer, optimizer
     while hasattr(base, "optimizer"):
@@ -74,12 +75,7 @@ def start_anew(optimizer: Any) -> None:
         if isinstance(group.get("step"), int):
             group["step"] = 0
         for parameter in _parameters(zero, group, number):
-            state = base.state.get(parameter, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor) and (key == "step" or value.shape == parameter.shape):
-                    value.zero_()
-                elif key == "step":
-                    state[key] = 0
+            base.state.pop(parameter, None)
 
 
 def _parameters(zero: Any, group: dict[str, Any], number: int) -> list[torch.Tensor]:

@@ -11,19 +11,23 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from dist_reg import checkpoint
 from dist_reg.attach import regularize
+from dist_reg.backbone import EXTRA
 from dist_reg.errors import UserError, reason
 from dist_reg.methods.base import Method
 from dist_reg.noise import example_keys
-from dist_reg.optimizer import after_warm_up, split_groups, start_anew
+from dist_reg.optimizer import MULTIPLE, after_warm_up, split_groups, start_anew
 from dist_reg.terms import NonFiniteTerm
 
 logger = logging.getLogger(__name__)
 
+ADDED_FILE = "dist_reg_modules.safetensors"
+"""In checkpoints of adapters, what methods added to the model."""
 ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
 SAMPLING_STRATEGIES = ("random", "sequential")
@@ -170,7 +174,7 @@ class Trainer(transformers.Trainer):
     @property
     def warmup_steps(self) -> int:
         """Optimizer steps before the run's own in which the modules of a method alone learn."""
-        if not self._warmup_epochs:
+        if not self._warmup_epochs or self.train_dataset is None or self.handle.removed:
             return 0
         examples: Any = self.train_dataset
         if not hasattr(examples, "__len__"):
@@ -186,6 +190,13 @@ class Trainer(transformers.Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         fresh = self.lr_scheduler is None
+        chosen: Any = optimizer or self.optimizer
+        groups = chosen.param_groups
+        if self.handle.learning_rate_multiples() and not any(MULTIPLE in group for group in groups):
+            raise UserError(
+                f"{type(self).__name__}.create_optimizer knows nothing of the modules that a method adds; let it call "
+                "super().create_optimizer()."
+            )
         scheduler: Any = super().create_scheduler(num_training_steps - self.warmup_steps, optimizer)
         if fresh and self.warmup_steps:
             scheduler = after_warm_up(scheduler, scheduler.optimizer, self.warmup_steps)
@@ -306,6 +317,33 @@ class Trainer(transformers.Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
             )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # PEFT saves its adapters alone; everything else is in the model's own weights, or DeepSpeed's.
+        added = self._added_tensors()
+        if self._partial is not None and added and not self.is_deepspeed_enabled:
+            save_file(added, Path(output_dir or str(self.args.output_dir)) / ADDED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path, added = Path(resume_from_checkpoint) / ADDED_FILE, self._added_tensors()
+        if not added:
+            return
+        if not path.is_file():
+            raise UserError(
+                f"{resume_from_checkpoint} holds no {ADDED_FILE}, so a method's modules would begin anew; start another run."
+            )
+        own: Any = self.model
+        own.load_state_dict(load_file(path), strict=False)
+
+    def _added_tensors(self) -> dict[str, torch.Tensor]:
+        """What methods added to a model whose own checkpoints leave it out."""
+        model: Any = self.model
+        if not hasattr(model, "peft_config"):
+            return {}
+        whole = model.state_dict()
+        return {name: whole[name].contiguous() for name in whole if name.startswith(EXTRA)}
 
     def _best_path(self, root: Path, before: str | None) -> str | None:
         best = root / f"checkpoint-{self.state.best_global_step}"

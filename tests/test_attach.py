@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from dist_reg import HyPe, Method, UserError, regularize
+from dist_reg import MVCR, HyPe, Method, UserError, regularize
 from tests.models import FAMILIES, batch, build
 
 pytestmark = pytest.mark.compat
@@ -287,6 +287,18 @@ def test_a_deep_copy_is_a_regularised_model_of_its_own():
             twin.classifier.bias.zero_()
         assert twin(**inputs, example_keys=keys).logits.abs().max() == 0
         assert model(**inputs, example_keys=keys).logits.abs().max() > 0
+
+
+def test_a_deep_copy_trains_the_modules_of_its_own():
+    model, inputs = build("bert", dropout=0.0), batch("bert")
+    with regularize(model, [MVCR()], seed=1):
+        twin = copy.deepcopy(model)
+        twin(**inputs, example_keys=torch.arange(4)).loss.backward()
+        assert all(parameter.grad is not None for parameter in twin.parameters())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        twin._dist_reg_handle.remove()
+        assert not any("dist_reg" in name for name in twin.state_dict())
+        assert any("dist_reg" in name for name in model.state_dict())
 
 
 def test_removing_a_deep_copys_handle_leaves_the_original_alone():

@@ -88,12 +88,45 @@ def test_adam_begins_anew_for_the_model_and_goes_on_for_what_was_added():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     start_anew(optimizer)
-    assert [optimizer.state[p]["step"].item() for p in (own.weight, own.bias)] == [0, 0]
+    assert not {own.weight, own.bias} & optimizer.state.keys()
     assert [optimizer.state[p]["step"].item() for p in (added.weight, added.bias)] == [4, 4]
     before = own.bias.detach().clone()
     own.bias.grad = torch.full_like(own.bias, 0.3)
     optimizer.step()
     torch.testing.assert_close(before - own.bias, torch.full_like(before, 0.01), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.Rprop, {}),
+        (transformers.Adafactor, {"relative_step": False, "scale_parameter": False}),
+    ],
+    ids=["sgd", "nadam", "rprop", "adafactor"],
+)
+def test_any_optimizer_goes_on_as_a_new_one(kind, options):
+    (own, added), (fresh, _) = two_parts(), two_parts()
+    fresh.load_state_dict(own.state_dict())
+    optimizer = kind([{"params": own.parameters()}], lr=0.01, **options)
+    optimizer.add_param_group({"params": added.parameters(), "lr": 0.1, MULTIPLE: 10.0})
+    optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(4):
+        for parameter in (*own.parameters(), *added.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    start_anew(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.01
+    other = kind(fresh.parameters(), lr=0.01, **options)
+    for step in range(3):
+        for one, two in zip(own.parameters(), fresh.parameters()):
+            one.grad = torch.full_like(one, 0.3 + step)
+            two.grad = one.grad.clone()
+        optimizer.step()
+        other.step()
+    for one, two in zip(own.parameters(), fresh.parameters()):
+        torch.testing.assert_close(one, two)
 
 
 def trainer_of(folder, *, model=None, methods=None, **fields) -> Trainer:
@@ -187,6 +220,42 @@ def test_an_export_before_the_end_of_the_warm_up_says_so(tmp_path, caplog):
         export_model(trainer, tmp_path / "model", RESULTS)
     assert "the warm-up of mvcr never ended" in caplog.text
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_adapters_resume_with_their_autoencoders(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def run(resume=None):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        model = peft.get_peft_model(build("bert", dropout=0.0), config)
+        trainer = trainer_of(tmp_path, model=model, save_strategy="steps", save_steps=3)
+        trainer.train(resume_from_checkpoint=resume)
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    whole = run()
+    saved = str(tmp_path / "checkpoint-3")
+    assert run(saved)[-4:] == whole[-4:]
+    (tmp_path / "checkpoint-3" / "dist_reg_modules.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no dist_reg_modules"):
+        run(saved)
+
+
+def test_a_subclass_with_an_optimizer_of_its_own_is_told(tmp_path):
+    class Own(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    trainer = Own(build("bert"), arguments(tmp_path), methods=[MVCR()], train_dataset=rows())
+    with pytest.raises(UserError, match="Own.create_optimizer knows nothing"):
+        trainer.train()
+
+
+def test_a_trainer_that_only_evaluates_needs_no_training_set(tmp_path):
+    trainer = Trainer(build("bert"), arguments(tmp_path), methods=[MVCR()], eval_dataset=rows())
+    assert trainer.warmup_steps == 0
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_a_schedule_that_follows_the_loss_is_refused_before_training(tmp_path):

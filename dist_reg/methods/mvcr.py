@@ -10,15 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from dist_reg.errors import UserError
-from dist_reg.methods.base import Host, Method, Step, Transform
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dist_reg.autoencoders import RandomAutoencoders, ViewDraw
+from dist_reg.methods.base import Host, Method
 
 SITE_METHOD = 4
 SITE_VIEW, SITE_NOISE, SITE_DROPOUT = 0, 1, 2
@@ -84,12 +79,14 @@ class MVCR(Method):
                 raise UserError(
                     f"mvcr: widths has {len(self.widths)} numbers for autoencoders: {self.autoencoders}; give one each."
                 )
-            if min(self.widths) < 1:
-                raise UserError(f"mvcr: widths must be at least 1; one is {min(self.widths)}.")
+            bad = [width for width in self.widths if type(width) is not int or width < 1]
+            if bad:
+                raise UserError(f"mvcr: widths must be whole numbers of at least 1; one is {bad[0]!r}.")
         if self.probabilities is not None:
             self._check_probabilities(self.probabilities)
-        if self.warmup_epochs and not self.weight:
-            raise UserError("mvcr: with weight: 0 nothing trains in the warm-up; set warmup_epochs: 0.")
+        for name in ("weight", "learning_rate_multiple"):
+            if self.warmup_epochs and not getattr(self, name):
+                raise UserError(f"mvcr: with {name}: 0 nothing trains in the warm-up; set warmup_epochs: 0.")
 
     def _check_probabilities(self, probabilities: list[float]) -> None:
         number = self.autoencoders + 1
@@ -98,9 +95,9 @@ class MVCR(Method):
                 f"mvcr: probabilities has {len(probabilities)} numbers where autoencoders: {self.autoencoders} needs "
                 f"{number}, the last for none of them."
             )
-        bad = [value for value in probabilities if not 0 <= value <= 1]
+        bad = [p for p in probabilities if not (isinstance(p, (int, float)) and 0 <= p <= 1)]
         if bad:
-            raise UserError(f"mvcr: probabilities must be from 0 to 1; one is {bad[0]}.")
+            raise UserError(f"mvcr: probabilities must be numbers from 0 to 1; one is {bad[0]!r}.")
         total = math.fsum(probabilities)
         if abs(total - 1) > 1e-6:
             raise UserError(f"mvcr: probabilities must sum to 1; they sum to {total:.6g}.")
@@ -133,7 +130,7 @@ class MVCR(Method):
         return select_layers(self.layers, count)
 
     def attach(self, host: Host) -> None:
-        from dist_reg.autoencoders import RandomAutoencoders, ViewDraw
+        from dist_reg.autoencoders import Insertion, RandomAutoencoders, ViewDraw
         from dist_reg.noise import site_id
 
         widths = self.view_widths(host.backbone.hidden_size)
@@ -153,46 +150,21 @@ class MVCR(Method):
                 reconstruct=self.reconstruct if self.weight else "none",
             )
             host.add_module(name, module, learning_rate_multiple=self.learning_rate_multiple)
-            transform = self._transform(layer, draw, module)
+            transform = Insertion(self, layer, draw, module, site_id(SITE_METHOD, SITE_NOISE, layer))
             if self.site == "output":
                 host.transform_output(layer, transform)
             else:
                 host.transform_feed_forward(layer, transform)
 
-    def _transform(self, layer: int, draw: ViewDraw, module: RandomAutoencoders) -> Transform:
-        from dist_reg.noise import site_id
-        from dist_reg.ops import perturb
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        from dist_reg.noise import survival_warning
 
-        site = site_id(SITE_METHOD, SITE_NOISE, layer)
-
-        def transform(hidden_states: Tensor, step: Step) -> Tensor:
-            if self.input_noise:
-                hidden_states = perturb(
-                    hidden_states,
-                    sigma=self.input_noise,
-                    seed=step.seed,
-                    example_keys=step.example_keys,
-                    site=site,
-                    spans=step.spans,
-                )
-            views, inner = draw(step)
-            out, error = module(hidden_states, views, inner, step)
-            if self.weight:
-                step.add_term(self.name, layer, self.weight * self._mean_error(error, views, step))
-            return out
-
-        return transform
-
-    def _mean_error(self, error: Tensor, views: Tensor, step: Step) -> Tensor:
-        """[B] from [B, T]: the mean over an example's real tokens, of both streams where there are two."""
-        from dist_reg.streams import mean_over_real_tokens
-
-        if self.reconstruct == "sampled":
-            # One of M, drawn with probability p: 1 / (M p) of it has the mean of all as its expectation.
-            shares = [self.autoencoders * p for p in self.view_probabilities()[:-1]]
-            scale = sum((views == m) / share for m, share in enumerate(shares) if share)
-            error = error * scale
-        return mean_over_real_tokens(error, step.spans)
+        return survival_warning(
+            self.name,
+            self.input_noise,
+            metrics,
+            "autocast with an fp32 residual stream, or a larger input_noise",
+        )
 
     def epochs_alone(self) -> int:
         return self.warmup_epochs

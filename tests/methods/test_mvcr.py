@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from dist_reg_kernels.bottleneck import (
 )
 from dist_reg_kernels.philox import noise_reference
 from torch import nn
+from transformers import OPTConfig, OPTForSequenceClassification
 
 from dist_reg import LNSR, MVCR, HyPe, RDrop, UserError, example_keys, regularize
 from dist_reg.autoencoders import ViewDraw
@@ -193,8 +195,9 @@ def test_options_against_a_loop_over_tokens(options):
     compare_with_loops("bert", MVCR(**options))
 
 
-def test_padding_on_the_left_makes_the_same_draws():
-    method, model = MVCR(), build("llama", dropout=0.0)
+@pytest.mark.parametrize("per", ["token", "position", "sequence", "batch"])
+def test_padding_on_the_left_makes_the_same_draws(per):
+    method, model = MVCR(per=per, layers="all"), build("llama", dropout=0.0)
     ids = torch.randint(3, 50, (2, 5))
     right = {
         "input_ids": torch.cat((ids, torch.zeros(2, 2, dtype=torch.long)), 1),
@@ -276,13 +279,13 @@ def test_the_reconstruction_sends_nothing_to_the_backbone(reconstruct):
             torch.testing.assert_close(found[2][name], found[0][name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("reconstruct", ["all", "sampled"])
-def test_both_reconstructions_have_one_expectation(reconstruct):
-    """Over many draws of the same tokens; without dropout the mean of `all` is known from its own weights."""
+@pytest.mark.parametrize("probabilities", [None, [0.1, 0.3, 0.5, 0.1]], ids=["default", "given"])
+def test_both_reconstructions_have_one_expectation(probabilities):
+    """Over many draws of the same tokens."""
     model, inputs = build("bert", dropout=0.0), batch("bert")
     means = {}
-    for kind in ("all", reconstruct):
-        method = MVCR(reconstruct=kind, dropout=0.0, layers=0)
+    for kind in ("all", "sampled"):
+        method = MVCR(reconstruct=kind, dropout=0.0, layers=0, probabilities=probabilities)
         with regularize(model, [method], seed=SEED) as handle, torch.no_grad():
             values = []
             for number in range(300):
@@ -290,7 +293,7 @@ def test_both_reconstructions_have_one_expectation(reconstruct):
                 values.append(handle.metrics()["mvcr"])
         values = torch.tensor(values)
         means[kind] = values.mean().item(), values.std().item() / math.sqrt(300)
-    (one, error), (other, other_error) = means["all"], means[reconstruct]
+    (one, error), (other, other_error) = means.values()
     assert abs(one - other) <= 4 * math.hypot(error, other_error)
 
 
@@ -491,18 +494,19 @@ class Blocks(nn.Module):
     [
         ({"autoencoders": 0}, "autoencoders must be from 1"),
         ({"widths": [8, 16]}, "widths has 2 numbers for autoencoders: 3"),
-        ({"widths": [0, 8, 16]}, "widths must be at least 1; one is 0"),
+        ({"widths": [0, 8, 16]}, "widths must be whole numbers of at least 1; one is 0"),
         ({"widths": [8, 16, 33]}, "widths has 33, more than the hidden size 32"),
         ({"probabilities": [0.5, 0.5]}, "probabilities has 2 numbers .* needs 4"),
         ({"probabilities": [0.5, 0.5, 0.5, 0.5]}, "must sum to 1; they sum to 2"),
-        ({"probabilities": [1.5, -0.5, 0.0, 0.0]}, "must be from 0 to 1; one is 1.5"),
-        ({"probabilities": [float("nan"), 0.0, 0.0, 1.0]}, "must be from 0 to 1; one is nan"),
+        ({"probabilities": [1.5, -0.5, 0.0, 0.0]}, "numbers from 0 to 1; one is 1.5"),
+        ({"probabilities": [float("nan"), 0.0, 0.0, 1.0]}, "numbers from 0 to 1; one is nan"),
         ({"layers": "5"}, "out of range; the model has 3"),
         ({"inner": -1}, "inner must be at least 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"weight": float("inf")}, "weight must be at least 0 and finite"),
         ({"learning_rate_multiple": -1.0}, "learning_rate_multiple must be at least 0"),
-        ({"weight": 0.0}, "nothing trains in the warm-up"),
+        ({"weight": 0.0}, "weight: 0 nothing trains in the warm-up"),
+        ({"learning_rate_multiple": 0.0}, "learning_rate_multiple: 0 nothing trains in the warm-up"),
         ({"warmup_epochs": 1.5}, "mvcr.*warmup_epochs"),
         ({"per": "word"}, "mvcr: per.*'word'"),
         ({"site": "input"}, "mvcr: site.*'input'"),
@@ -518,6 +522,67 @@ def test_mistakes(options, message):
 def test_a_block_without_a_recognised_feed_forward():
     with pytest.raises(UserError, match="mvcr: Layer shows no feed-forward .*use site: output"):
         regularize(Blocks(), [MVCR(site="ffn", layers=0)], layers_path="layers")
+
+
+def test_a_feed_forward_in_chunks_is_refused():
+    model = build("bert", chunk_size_feed_forward=3)
+    with pytest.raises(UserError, match="shows no feed-forward .*use site: output"):
+        regularize(model, [MVCR(site="ffn")])
+
+
+def test_a_feed_forward_over_flat_tokens_is_refused():
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+    )
+    model = OPTForSequenceClassification(config)
+    inputs = {"input_ids": torch.randint(3, 50, (2, 5)), "labels": torch.tensor([0, 1])}
+    with (
+        regularize(model, [MVCR(site="ffn")]),
+        pytest.raises(UserError, match="tokens, channels.*site: output"),
+    ):
+        model(**inputs)
+
+
+def test_numbers_that_are_none_from_python():
+    with pytest.raises(UserError, match="one is 16.5"):
+        MVCR(widths=[8, 16.5, 20])
+    with pytest.raises(UserError, match="one is 'a'"):
+        MVCR(probabilities=["a", 0.0, 0.0, 1.0])
+
+
+def test_input_noise_that_rounding_swallows_warns(caplog):
+    model = build("bert", dropout=0.0).bfloat16()
+    with regularize(model, [MVCR(input_noise=1e-4)], seed=SEED) as handle, caplog.at_level(logging.WARNING):
+        model(**batch("bert"), example_keys=KEYS)
+        assert handle.metrics()["mvcr/noise_survival"] < 0.5
+    assert "mvcr: only" in caplog.text
+
+
+def test_a_loop_that_never_asked_for_the_rates_is_told(caplog):
+    model, inputs = build("bert", dropout=0.0), batch("bert")
+    with regularize(model, [MVCR()], seed=SEED), caplog.at_level(logging.WARNING):
+        model(**inputs, example_keys=KEYS)
+        model(**inputs, example_keys=KEYS)
+    assert caplog.text.count("handle.parameter_groups(rate)") == 1
+    caplog.clear()
+    with regularize(model, [MVCR()], seed=SEED) as handle, caplog.at_level(logging.WARNING):
+        torch.optim.SGD(handle.parameter_groups(0.1))
+        model(**inputs, example_keys=KEYS)
+    assert not caplog.text
+
+
+def test_modules_frozen_afterwards_are_told(caplog):
+    peft = pytest.importorskip("peft")
+    model = build("bert", dropout=0.0)
+    with regularize(model, [MVCR()], seed=SEED), caplog.at_level(logging.WARNING):
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+        model(**batch("bert"), example_keys=KEYS)
+    assert "frozen since" in caplog.text
 
 
 def test_a_failed_start_leaves_nothing_behind():
