@@ -159,7 +159,9 @@ def _paired_ratio(values: list[float], baseline: list[float]) -> float:
 
 def _stepper(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
     gc.collect()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    handle = getattr(model, "_dist_reg_handle", None)
+    groups = model.parameters() if handle is None else handle.parameter_groups(1e-5)
+    optimizer = torch.optim.AdamW(groups, lr=1e-5)
 
     def one_step() -> None:
         optimizer.zero_grad()
