@@ -3,7 +3,7 @@
 M hierarchical autoencoders of widths d_m, each with K inner ones of width h_m. For a token x [D] that visits m:
 
     r = Drop(tanh(W_e x + b_e))                                       [d_m]
-    z = Drop-free r, or tanh(V_k Drop(tanh(U_k r + a_k)) + c_k)       [d_m], inner choice k, or none (k = K)
+    z = r, or tanh(V_k Drop(tanh(U_k r + a_k)) + c_k)                 [d_m], inner choice k, or none (k = K)
     y = W_d z + b_d                                                   [D]
 
 hidden [B, T, D]; views int64 [B, T] from 0 to M, where M leaves the token as it is; inner int64 [B, T, M] from 0 to K, the
