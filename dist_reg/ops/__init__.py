@@ -10,6 +10,7 @@ from dist_reg.ops.backend import BACKENDS
 from dist_reg.ops.bottleneck import bottleneck
 from dist_reg.ops.checks import DISTRIBUTIONS, SCALES
 from dist_reg.ops.fork import fork
+from dist_reg.ops.layer_mix import layer_mix
 from dist_reg.ops.norm_perturb import layer_norm_perturb, perturb_rms_norm
 from dist_reg.ops.perturb import perturb
 from dist_reg.ops.stability import perturb_stability, stability
@@ -21,6 +22,7 @@ __all__ = [
     "SCALES",
     "bottleneck",
     "fork",
+    "layer_mix",
     "layer_norm_perturb",
     "perturb",
     "perturb_rms_norm",
