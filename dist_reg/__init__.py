@@ -14,6 +14,7 @@ _HOMES = {
     "find_backbone": "dist_reg.backbone",
     "UserError": "dist_reg.errors",
     "METHODS": "dist_reg.methods",
+    "HIRE": "dist_reg.methods.hire",
     "HyPe": "dist_reg.methods.hype",
     "LNSR": "dist_reg.methods.lnsr",
     "MVCR": "dist_reg.methods.mvcr",
@@ -21,10 +22,12 @@ _HOMES = {
     "RDrop": "dist_reg.methods.rdrop",
     "Method": "dist_reg.methods.base",
     "example_keys": "dist_reg.noise",
+    "load": "dist_reg.kept",
     "Trainer": "dist_reg.trainer",
 }
 
 __all__ = [
+    "HIRE",
     "LNSR",
     "METHODS",
     "MVCR",
@@ -38,6 +41,7 @@ __all__ = [
     "__version__",
     "example_keys",
     "find_backbone",
+    "load",
     "regularize",
 ]
 
@@ -45,8 +49,10 @@ if TYPE_CHECKING:
     from dist_reg.attach import Handle, regularize
     from dist_reg.backbone import find_backbone
     from dist_reg.errors import UserError
+    from dist_reg.kept import load
     from dist_reg.methods import METHODS
     from dist_reg.methods.base import Method
+    from dist_reg.methods.hire import HIRE
     from dist_reg.methods.hype import HyPe
     from dist_reg.methods.lnsr import LNSR
     from dist_reg.methods.mvcr import MVCR

@@ -41,9 +41,11 @@ from dist_reg.forward import (
 )
 from dist_reg.fusion import Fusion
 from dist_reg.layer_noise import LayerNoise
+from dist_reg.kept import is_kept, keep
 from dist_reg.methods.base import Method, Step, Transform
 from dist_reg.model import whole_parameter
 from dist_reg.noise import draw_example_keys, token_spans
+from dist_reg.readout import Fuse, Readout
 from dist_reg.streams import TwinStream, example_weights, label_kind
 from dist_reg.terms import Means, add_terms, diagnostics
 
@@ -95,7 +97,8 @@ class Handle:
         """The optimizer step that the next forwards are a part of; None: every forward counts as one."""
         self.warming_up = False
         """Whether the next forwards train the added modules alone: everything else in the loss then counts 0."""
-        self._learning_rates: dict[nn.Module, float] = {}
+        self._modules: dict[nn.Module, tuple[str, float]] = {}
+        """What methods added: the method's name, and the multiple of the learning rate."""
         self._rates_are_known = False
         self._added: dict[int, str] = {}
         self.backbone = find_backbone(model, layers_path)
@@ -105,7 +108,7 @@ class Handle:
         self._embeddings: list[Callable[[Tensor, Tensor, Tensor, Step], Tensor]] = []
         self._stream: TwinStream | None = None
         self._reparametrised: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
-        self._attaching = ""
+        self._attaching, self._attaching_kept = "", False
         inner = inner_model(model)
         self._takes_cache = "use_cache" in parameter_names(inner)
         self._counts_items = hands_arguments_to_its_loss(inner)
@@ -113,6 +116,7 @@ class Handle:
         self._next_token = self._counts_items and getattr(inner, "loss_type", "") in (None, "ForCausalLM")
         self._outputs_are_read = False
         self._undo: list[Callable[[], None]] = []
+        self._undo_kept: list[Callable[[], None]] = []
         self._step: Step | None = None
         """The forward that is under way, if one is."""
         self._last_step: Step | None = None
@@ -122,8 +126,12 @@ class Handle:
         self._warned: set[str] = set()
         try:
             for method in self.methods:
-                self._attaching = method.name
-                method.attach(self)
+                self._attaching, self._attaching_kept = method.name, method.kept
+                if not method.kept:
+                    method.attach(self)
+                elif not is_kept(model, method):
+                    method.attach(self)
+                    self._undo_kept.append(keep(model, method, layers_path))
             self._fusion = Fusion(self.backbone, self._inputs, self._layer_steps, self._outputs_are_read)
             self._hook_layers()
             self._undo.append(wrap_forward(model, self))
@@ -148,8 +156,14 @@ class Handle:
         if place is not None and not hasattr(place, "ds_id") and not place.is_meta:
             module.to(place.device)
         self.model.add_module(EXTRA + name, module)
-        self._undo.append(functools.partial(delattr, self.model, EXTRA + name))
-        self._learning_rates[module] = learning_rate_multiple
+        undo = self._undo_kept if self._attaching_kept else self._undo
+        undo.append(functools.partial(delattr, self.model, EXTRA + name))
+        self._modules[module] = self._attaching, learning_rate_multiple
+
+    def replace_readout(self, fuse: Fuse, *, embeddings: bool) -> None:
+        readout = Readout(self._attaching, self.backbone, fuse, embeddings=embeddings)
+        self._undo_kept.append(readout.remove)
+        self.reads_outputs()
 
     def transform_between(self, layer: int, transform: Transform) -> None:
         if not self.backbone.between:
@@ -245,12 +259,14 @@ class Handle:
         self._rates_are_known = True
         return {
             parameter: multiple
-            for module, multiple in self._learning_rates.items()
+            for module, (_, multiple) in self._modules.items()
             for parameter in module.parameters()
+            if multiple != 1
         }
 
     def bake(self) -> None:
-        """Make what a method computes from a weight that weight itself, and take everything off: for the export.
+        """Make what a method computes from a weight that weight itself, and take everything off that does not belong to
+        the model at inference: for the export.
 
         Under ZeRO-3 every process calls this.
         """
@@ -258,18 +274,28 @@ class Handle:
             weight: Any = linear.weight
             with whole_parameter(weight), torch.no_grad():
                 weight.copy_(function(weight))
-        self.remove()
+        self._take_off()
 
     def remove(self) -> None:
         """Take everything off; the model is what it was, bit for bit. Calling it twice is harmless."""
+        self._take_off()
+        while self._undo_kept:
+            self._undo_kept.pop()()
+
+    def _take_off(self) -> None:
         while self._undo:
             self._undo.pop()()
         self._reparametrised.clear()
-        self._learning_rates.clear()
+        self._modules.clear()
+
+    @property
+    def step_under_way(self) -> Step | None:
+        """The training forward that the model is in, if it is in one."""
+        return self._step
 
     @property
     def removed(self) -> bool:
-        """Whether everything has been taken off."""
+        """Whether everything that acts in training alone has been taken off."""
         return not self._undo
 
     def __enter__(self) -> Handle:
@@ -448,7 +474,7 @@ class Handle:
         self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], example_keys: Tensor | None
     ) -> Any:
         """What the wrapped forward of a model in training does: `call`, the model's own, and the methods around it."""
-        if self._forwards == 0 and self._learning_rates:
+        if self._forwards == 0 and self._modules:
             self._check_added_modules()
         step = self._begin(args, kwargs, example_keys)
         try:
@@ -554,17 +580,22 @@ class Handle:
 
     def _check_added_modules(self) -> None:
         """Warn where what a method added cannot learn as it should."""
-        names = ", ".join(dict.fromkeys(self._added.values()))
-        if not self._rates_are_known:
+        own_rates = [name for name, multiple in self._modules.values() if multiple != 1]
+        if own_rates and not self._rates_are_known:
             logger.warning(
                 "%s added modules that learn at a rate of their own, and nobody has asked for it; make the optimizer from "
                 "handle.parameter_groups(rate), or use dist_reg.Trainer, which also has the warm-up.",
-                names,
+                ", ".join(dict.fromkeys(own_rates)),
             )
-        if not all(p.requires_grad for module in self._learning_rates for p in module.parameters()):
+        frozen = [
+            name
+            for module, (name, _) in self._modules.items()
+            if not all(parameter.requires_grad for parameter in module.parameters())
+        ]
+        if frozen:
             logger.warning(
                 "%s added modules whose parameters have been frozen since, as PEFT does; call regularize after get_peft_model.",
-                names,
+                ", ".join(dict.fromkeys(frozen)),
             )
 
     def _warn(self, metrics: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_reg.errors import UserError, reason
+from dist_reg.methods import METHODS
 
 if TYPE_CHECKING:
     from dist_reg.trainer import Trainer
@@ -51,6 +52,19 @@ def export_model(trainer: Trainer, folder: Path, results: dict[str, Any]) -> Non
     trainer.accelerator.wait_for_everyone()
 
 
+def _how_to_load(results: dict[str, Any]) -> list[str]:
+    kept = [name for entry in results["methods"] for name in entry if METHODS[name].kept]
+    if not kept:
+        return [
+            "Nothing of the training methods is left in these weights; load them with the `Auto` classes of",
+            "`transformers`.",
+        ]
+    return [
+        f"{', '.join(kept)} stays in this model: load it with `dist_reg.load(folder)`. The `Auto` classes of",
+        "`transformers` load backbone and head without it, which is another and a worse model.",
+    ]
+
+
 def model_card(results: dict[str, Any]) -> str:
     """The card of an exported model, from its run's results."""
     methods = [f"{name} {options}" for entry in results["methods"] for name, options in entry.items()]
@@ -79,8 +93,7 @@ def model_card(results: dict[str, Any]) -> str:
             "|---|---|",
             *rows,
             "",
-            "Nothing of the training methods is left in these weights; load them with the `Auto` classes of",
-            "`transformers`.",
+            *_how_to_load(results),
             "",
         ]
     )

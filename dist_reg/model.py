@@ -15,8 +15,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from dist_reg.backbone import EXTRA
 from dist_reg.config import ModelConfig
 from dist_reg.errors import UserError, nearest
+from dist_reg.kept import local_folder, restore
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ def load_model(
         raise
     except LOADING_ERRORS as error:
         raise UserError(_cannot_load(config, source, error)) from None
+    if Path(source).is_dir() or any(name.startswith(EXTRA) for name in info["unexpected_keys"]):
+        restore(model, local_folder(source, config.revision))
     drawn = initialise_fresh(model, info["missing_keys"], seed)
     model.fresh_parameters = drawn
     body = [
@@ -96,6 +100,26 @@ def load_model(
             len(body) - 1,
         )
     return model, tokenizer
+
+
+def load_plain(source: str, **options: Any) -> transformers.PreTrainedModel:
+    """The model in the folder or on the hub at `source`, of the class its configuration names; `options` go to
+    `from_pretrained`. Raises UserError."""
+    config = ModelConfig(name=source)
+    try:
+        names = getattr(transformers.AutoConfig.from_pretrained(source, **options), "architectures", None)
+        kind = getattr(transformers, names[0], None) if names else None
+        if kind is None:
+            raise UserError(
+                f"model: the configuration of {source} names no class of Transformers ({(names or ['none'])[0]}); load the model "
+                "yourself and hand it over as model=."
+            )
+        with _quiet():
+            return kind.from_pretrained(source, **options)
+    except UserError:
+        raise
+    except LOADING_ERRORS as error:
+        raise UserError(_cannot_load(config, source, error)) from None
 
 
 def _cannot_load(config: ModelConfig, source: str, error: Exception) -> str:

@@ -18,6 +18,7 @@ from dist_reg import checkpoint
 from dist_reg.config import RunConfig
 from dist_reg.errors import UserError, nearest, reason
 from dist_reg.export import export_model
+from dist_reg.kept import FILE, kept_methods
 from dist_reg.model import load_model
 from dist_reg.provenance import provenance
 from dist_reg.rundir import RunDirectory, plain
@@ -173,6 +174,12 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
             f"train.metric_for_best_model: {task.name} has no {args.metric_for_best_model!r}; {hint}"
         )
     check_length(model, run.data.max_length, "data.max_length")
+    listed = [name for entry in run.methods for name in entry]
+    for name in kept_methods(model):
+        if name not in listed:
+            raise UserError(
+                f"methods: {run.model.name} has {name}, which stays in it; list it, with the options in {FILE} beside the weights."
+            )
 
 
 def check_length(model: Any, length: int, name: str) -> None:

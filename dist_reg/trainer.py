@@ -19,6 +19,7 @@ from dist_reg import checkpoint
 from dist_reg.attach import regularize
 from dist_reg.backbone import EXTRA
 from dist_reg.errors import UserError, reason
+from dist_reg.kept import kept_methods, write_description
 from dist_reg.methods.base import Method
 from dist_reg.noise import example_keys
 from dist_reg.optimizer import MULTIPLE, after_warm_up, split_groups, start_anew
@@ -320,10 +321,14 @@ class Trainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        # PEFT saves its adapters alone; everything else is in the model's own weights, or DeepSpeed's.
-        added = self._added_tensors()
-        if self._partial is not None and added and not self.is_deepspeed_enabled:
-            save_file(added, Path(output_dir or str(self.args.output_dir)) / ADDED_FILE)
+        folder = Path(output_dir or str(self.args.output_dir))
+        own: Any = self.model
+        write_description(own, folder)
+        # PEFT saves its adapters alone. DeepSpeed's checkpoints hold everything, but an export must have what stays.
+        added = self._added_tensors(state_dict)
+        for_resume = self._partial is not None and not self.is_deepspeed_enabled
+        if added and (for_resume or kept_methods(own)):
+            save_file(added, folder / ADDED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -337,12 +342,12 @@ class Trainer(transformers.Trainer):
         own: Any = self.model
         own.load_state_dict(load_file(path), strict=False)
 
-    def _added_tensors(self) -> dict[str, torch.Tensor]:
-        """What methods added to a model whose own checkpoints leave it out."""
+    def _added_tensors(self, state_dict: Any = None) -> dict[str, torch.Tensor]:
+        """What methods added to a model whose own checkpoints leave it out, from its (gathered) state dict."""
         model: Any = self.model
         if not hasattr(model, "peft_config"):
             return {}
-        whole = model.state_dict()
+        whole = model.state_dict() if state_dict is None else state_dict
         return {name: whole[name].contiguous() for name in whole if name.startswith(EXTRA)}
 
     def _best_path(self, root: Path, before: str | None) -> str | None:

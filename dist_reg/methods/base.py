@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from dist_reg.backbone import Backbone
     from dist_reg.layer_noise import LayerNoise
+    from dist_reg.readout import Fuse
 
 
 @dataclass
@@ -111,7 +112,14 @@ class Host(Protocol):
     def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> None:
         """Make `module` a part of the model while attached, trained at so many times the run's learning rate.
 
-        It is then sharded, clipped and checkpointed with the model, and absent from an exported one.
+        It is then sharded, clipped and checkpointed with the model. An exported model has it where the method is `kept`.
+        """
+
+    def replace_readout(self, fuse: Fuse, *, embeddings: bool) -> None:
+        """Let the head read `fuse(hidden states, spans, step)` in place of the last hidden states, in training and in eval.
+
+        The hidden states are those of every layer, and of the embeddings where asked for, the last ones at the end; they are
+        given without other methods' noise. Raises UserError for a model without a head that reads them.
         """
 
     def transform_output(self, layer: int, transform: Transform) -> None:
@@ -185,6 +193,8 @@ class Method:
     """One line for `dist-reg methods`."""
     source: ClassVar[str]
     """The paper."""
+    kept: ClassVar[bool] = False
+    """Whether it is a part of the model at inference too: it acts in eval, and is exported with the weights."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
