@@ -110,7 +110,12 @@ def load(
     """
     from dist_reg.model import load_plain, resolve_model
 
-    source = resolve_model(str(path))
+    source = str(path)
+    if (Path(path) / "adapter_config.json").is_file():
+        if model is None:
+            raise UserError(f"{path} holds adapters; load them with PEFT and hand the model over as model=.")
+    else:
+        source = resolve_model(source)
     if model is None:
         model = load_plain(source, revision=revision, trust_remote_code=trust_remote_code)
     restore(model, local_folder(source, revision))

@@ -205,8 +205,9 @@ class Trainer(transformers.Trainer):
         return scheduler
 
     def _check_optimizer_of_added_modules(self) -> None:
-        """They learn at rates of their own, of which an optimizer from elsewhere knows nothing."""
+        """They may learn at rates of their own, of which an optimizer from elsewhere knows nothing."""
         if not self.handle.learning_rate_multiples():
+            self._check_optimizer_holds_added_modules()
             return
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise UserError(
@@ -225,6 +226,15 @@ class Trainer(transformers.Trainer):
             options: Any = self.args.lr_scheduler_kwargs
             schedule = transformers.get_scheduler(self.args.lr_scheduler_type, probe, 1, 10, options)
             after_warm_up(schedule, probe, 1)
+
+    def _check_optimizer_holds_added_modules(self) -> None:
+        groups = self.optimizer.param_groups if self.optimizer is not None else ()
+        held = {parameter for group in groups for parameter in group["params"]}
+        for name, parameter in self.handle.model.named_parameters():
+            if groups and name.startswith(EXTRA) and parameter not in held:
+                raise UserError(
+                    f"optimizers: the optimizer does not hold {name}, which a method added; let the trainer make it."
+                )
 
     # -- loss
 

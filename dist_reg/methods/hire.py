@@ -30,6 +30,7 @@ class HIRE(Method):
     summary: ClassVar[str] = "fuse what all layers know into what the head reads; stays in the model"
     source: ClassVar[str] = "Chen et al., 2019, arXiv 1911.01940"
     kept: ClassVar[bool] = True
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     extractor: Literal["gru", "attention"] = "gru"
     """What sums up a layer: a bidirectional GRU over its tokens (the paper), or attention by one query, which is cheap."""

@@ -31,7 +31,7 @@ def run_as_program(file: str) -> list[dict]:
 
 def cross_compile(
     kernel: Any,
-    types: dict[str, str],
+    types: dict[str, Any],
     constants: dict[str, Any],
     aligned: Iterable[str],
     *,
@@ -54,7 +54,7 @@ def cross_compile(
             kernel,
             signature,
             constexprs=constants,
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+            attrs={path: [["tt.divisibility", 16]] for name in aligned for path in _paths(names, name, types)},
         ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "enable_fp_fusion": fp_fusion},
@@ -68,6 +68,12 @@ def cross_compile(
         "wide_copy": bool(re.search(r"cp\.async\.c[ag]\.shared\.global.*0x10", compiled.asm["ptx"])),
         "wide_store": "st.global.v4.b32" in compiled.asm["ptx"],
     }
+
+
+def _paths(names: list[str], name: str, types: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Where the argument `name` lies, or each of its parts where it is a tuple."""
+    place, kind = names.index(name), types.get(name)
+    return [(place, part) for part in range(len(kind))] if isinstance(kind, tuple) else [(place,)]
 
 
 def check_resources(build: dict[str, Any], registers: int, shared: int = SHARED_MEMORY_LIMIT) -> None:
