@@ -214,7 +214,8 @@ class Trainer(transformers.Trainer):
                 "optimizers: a method adds modules that learn at a rate of their own, for which the trainer must make "
                 "optimizer and schedule itself; leave it out."
             )
-        config = self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else {}
+        deepspeed: Any = getattr(self.args, "hf_deepspeed_config", None) if self.is_deepspeed_enabled else None
+        config = {} if deepspeed is None else deepspeed.config
         for section in ("optimizer", "scheduler"):
             if section in config:
                 raise UserError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from dist_reg.backbone import (
     find_backbone,
@@ -23,6 +24,7 @@ from dist_reg.backbone import (
     replace_hidden,
 )
 from dist_reg.methods import Method
+from dist_reg.readout import Readout
 
 
 class TwoPassLNSR(nn.Module):
@@ -190,7 +192,60 @@ class _Autoencoder(nn.Module):
         return self.decoder(code)
 
 
+class StackedHIRE(nn.Module):
+    """HIRE with a stack of all hidden states, PyTorch's packed GRU over padded inputs, and the four parts side by side."""
+
+    def __init__(self, model: nn.Module, method: Any) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.config: Any = model.config
+        backbone = find_backbone(model)
+        width, layers = backbone.hidden_size, len(backbone.layers) + method.include_embeddings
+        units = method.units(width)
+        recurrent = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+        if method.extractor == "gru":
+            self.extractor: nn.Module = nn.GRU(width, units, **recurrent)
+        else:
+            self.extractor = nn.Linear(width, 1, bias=False)
+        self.gate = nn.Linear(2 * units if method.extractor == "gru" else width, 1)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, 1 / layers)
+        self.fusion = nn.Linear(4 * width, width)
+        self.fusion_gru = nn.GRU(width, units, **recurrent) if method.fusion_rnn else None
+        self._mask: Any = None
+        Readout("hire", backbone, self._fuse, embeddings=method.include_embeddings)
+
+    def _fuse(self, states: Any, spans: Any, step: Any) -> Tensor:
+        stacked = torch.stack(list(states))
+        number, batch, tokens, width = stacked.shape
+        lengths = self._mask.sum(1).cpu()
+        if self.method.extractor == "gru":
+            packed = pack_padded_sequence(
+                stacked.flatten(0, 1), lengths.repeat(number), batch_first=True, enforce_sorted=False
+            )
+            last = self.extractor(packed)[1]
+            summaries = torch.cat((last[-2], last[-1]), 1).view(number, batch, -1)
+        else:
+            scores = self.extractor(stacked) / width**0.5
+            scores = scores.masked_fill(self._mask[None, ..., None] == 0, float("-inf"))
+            summaries = (scores.softmax(2) * stacked).sum(2)
+        gates = self.gate(summaries)
+        gates = gates.softmax(0) if self.method.normalisation == "softmax" else gates.relu()
+        mixed, last = (gates[..., None] * stacked).sum(0), stacked[-1]
+        third = last + mixed if self.method.combine == "sum" else last - mixed
+        fused = self.fusion(torch.cat((last, mixed, third, last * mixed), -1)).relu()
+        if self.fusion_gru is None:
+            return fused
+        packed = pack_padded_sequence(fused, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.fusion_gru(packed)[0], batch_first=True, total_length=tokens)[0]
+
+    def forward(self, attention_mask: Tensor, **inputs: Any) -> Any:
+        self._mask = attention_mask
+        return self.model(attention_mask=attention_mask, **inputs)
+
+
 PEERS: dict[str, Callable[[nn.Module, Method], nn.Module]] = {
+    "hire": StackedHIRE,
     "hype": RandomNoiseHyPe,
     "lnsr": TwoPassLNSR,
     "mvcr": PositionLoopMVCR,

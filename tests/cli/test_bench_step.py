@@ -10,9 +10,10 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from dist_reg import LNSR, MVCR, RDrop, UserError, regularize
+from dist_reg import HIRE, LNSR, MVCR, RDrop, UserError, regularize
 from dist_reg.bench.peers import PEERS
 from dist_reg.cli.bench.step import step
+from tests.methods.test_hire import stirred
 from tests.methods.test_lnsr import KEYS, SEED, unit_noise
 from tests.models import batch, build
 from tests.tiny import save_tiny
@@ -41,7 +42,7 @@ def test_memory_is_that_of_a_process_of_its_own(folder, tmp_path):
 
 
 def test_every_variant_has_its_ratios_and_ideal(folder, tmp_path):
-    methods = "hype, lnsr, lnsr: {layer: 1}, rdrop, r3f, mvcr: {reconstruct: sampled}"
+    methods = "hype, lnsr, lnsr: {layer: 1}, rdrop, r3f, mvcr: {reconstruct: sampled}, hire"
     done = run("--model", folder, "--methods", methods, *SIZES, "--peers", "--out", tmp_path)
     assert done.exit_code == 0
     record = json.loads((tmp_path / "step.json").read_text())
@@ -62,6 +63,8 @@ def test_every_variant_has_its_ratios_and_ideal(folder, tmp_path):
         "r3f, straightforward",
         "mvcr {'reconstruct': 'sampled'}",
         "mvcr {'reconstruct': 'sampled'}, straightforward",
+        "hire",
+        "hire, straightforward",
     ]
     assert rows["plain"]["ratio_ideal"] == 1.0
     assert rows["lnsr"]["ideal"] == 2.0
@@ -91,6 +94,26 @@ def test_the_straightforward_mvcr_is_the_same_mathematics(reconstruct):
             for part in ("encoder", "decoder"):
                 getattr(view, part).weight.copy_(getattr(own, f"{part}_0"))
                 getattr(view, part).bias.copy_(getattr(own, f"{part}_bias_0"))
+    assert peer(**inputs).loss.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", [HIRE(), HIRE(extractor="attention", fusion_rnn=False, combine="difference")])
+def test_the_straightforward_hire_is_the_same_mathematics(method):
+    model, inputs = build("bert", dropout=0.0), batch("bert")
+    with regularize(model, [method], seed=SEED):
+        module = stirred(model.dist_reg_hire)
+        ours = model(**inputs).loss
+    peer = PEERS["hire"](model, method)
+    with torch.no_grad():
+        peer.gate.weight.copy_(module.gate_weight[None])
+        peer.gate.bias.copy_(module.gate_bias)
+        peer.fusion.weight.copy_(module.fusion_weight)
+        peer.fusion.bias.copy_(module.fusion_bias)
+        if method.extractor == "gru":
+            peer.extractor.load_state_dict(module.gru.state_dict())
+            peer.fusion_gru.load_state_dict(module.fusion_gru.state_dict())
+        else:
+            peer.extractor.weight.copy_(module.query[None])
     assert peer(**inputs).loss.item() == pytest.approx(ours.item(), rel=1e-5)
 
 

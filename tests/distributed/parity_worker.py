@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
-from dist_reg import LNSR, MVCR, R3F, HyPe, RDrop, Trainer, layer_noise
+from dist_reg import HIRE, LNSR, MVCR, R3F, HyPe, RDrop, Trainer, layer_noise
 from dist_reg.config import ModelConfig, RunConfig
 from dist_reg.model import load_model
 from dist_reg.runtime import is_main, leave, prepare_process, world_size
@@ -35,6 +35,16 @@ METHODS = {
     "mvcr, position, lnsr": [
         MVCR(per="position", site="ffn", reconstruct="sampled", warmup_epochs=1, learning_rate_multiple=3.0),
         LNSR(sigma=0.1, layer=1),
+    ],
+    "hire": [HIRE()],
+    "hype, lnsr, hire": [
+        HyPe(sigma=0.05),
+        LNSR(sigma=0.1, layer=1),
+        HIRE(extractor="attention", include_embeddings=True),
+    ],
+    "mvcr, hire": [
+        MVCR(reconstruct="sampled", warmup_epochs=1, learning_rate_multiple=3.0),
+        HIRE(fusion_rnn=False, normalisation="softmax"),
     ],
 }
 """What a cell may train with; without dropout it is HyPe's noise that tells RDrop's draws apart."""

@@ -23,6 +23,7 @@ WARM_UP = 13
 """Steps of one epoch: 200 examples in batches of 16."""
 HYPE = {"hype": {"sigma": 0.05, "dropout": "keep"}}
 MVCR = {"mvcr": {"warmup_epochs": 1}}
+HIRE = {"hire": {}}
 CELLS = [
     (1, None, [HYPE, {"rdrop": {"alpha": 1.0}}], STEPS, SAVED_AT),
     (1, "zero2", [HYPE], STEPS, SAVED_AT),
@@ -30,6 +31,8 @@ CELLS = [
     (2, "zero3", [HYPE, {"lnsr": {"noise": "secant"}}], STEPS, SAVED_AT),
     (2, "zero3", [MVCR], STEPS + WARM_UP, SAVED_AT),  # killed in the warm-up
     (2, "zero2", [MVCR], STEPS + WARM_UP, 2 * SAVED_AT),  # and after it
+    (2, "zero3", [HYPE, HIRE], STEPS, SAVED_AT),
+    (1, None, [HIRE], STEPS, SAVED_AT),
 ]
 
 
@@ -69,7 +72,7 @@ def losses(output: Path) -> dict[int, str]:
 
 @pytest.mark.parametrize(("processes", "deepspeed", "methods", "steps", "killed_at"), CELLS)
 def test_a_killed_run_resumes_bit_for_bit(folder, processes, deepspeed, methods, steps, killed_at):
-    name = f"{processes}-{deepspeed}-{steps}"
+    name = f"{processes}-{deepspeed}-{'-'.join(key for method in methods for key in method)}-{killed_at}"
     whole, broken = folder / f"whole-{name}", folder / f"broken-{name}"
     done = run(["-m", "dist_reg", "train", str(write_run(folder, whole, deepspeed, methods))], processes)
     assert done.returncode == 0, done.stderr[-3000:]
