@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import logging
+import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ def texts(table: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def write(folder: Path, table: list[dict[str, Any]], groups: list[Group]) -> list[Path]:
-    """Write report.csv, report.md and report.png to `folder`; returns their paths."""
+    """Write report.csv, report.md and report.png to `folder`, and report.layers.png where runs logged something for every
+    layer; returns their paths."""
     paths = [folder / f"report.{suffix}" for suffix in ("csv", "md", "png")]
     with paths[0].open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
@@ -189,7 +191,46 @@ def write(folder: Path, table: list[dict[str, Any]], groups: list[Group]) -> lis
     note = f"Mean (standard deviation) of {metrics} over seeds, in percent; seconds are means."
     paths[1].write_text(f"{text}\n\n{note}\n", encoding="utf-8")
     plot(groups, paths[2])
+    curves = by_layer(groups)
+    if curves:
+        paths.append(folder / "report.layers.png")
+        plot_by_layer(curves, paths[-1])
     return paths
+
+
+def by_layer(groups: list[Group]) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """What runs last logged for every layer, such as HIRE's gates: by metric, group and layer, one value a run."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for entry in groups:
+        name = f"{entry.label}, {entry.task}, {entry.train_examples}"
+        for run in entry.runs:
+            for metric, value in run.get("terms", {}).items():
+                if match := _OF_LAYER.fullmatch(metric):
+                    curve = found.setdefault(match[1], {}).setdefault(name, {})
+                    curve.setdefault(int(match[2]), []).append(value)
+    return found
+
+
+_OF_LAYER = re.compile(r"(.+/.+)_(\d+)")
+
+
+def plot_by_layer(curves: dict[str, dict[str, dict[int, list[float]]]], path: Path) -> None:
+    """One panel a metric, one curve a group: the mean over runs by layer, with the standard deviation as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2 * len(curves)), layout="constrained")
+    axes = figure.subplots(len(curves), 1, squeeze=False)[:, 0]
+    for axis, (metric, by_group) in zip(axes, curves.items()):
+        for name, curve in by_group.items():
+            layers = sorted(curve)
+            means = [statistics.fmean(curve[layer]) for layer in layers]
+            spread = [statistics.stdev(curve[layer]) if len(curve[layer]) > 1 else 0.0 for layer in layers]
+            axis.errorbar(layers, means, yerr=spread, marker="o", capsize=3, label=name)
+        axis.set_xticks(sorted({layer for curve in by_group.values() for layer in curve}))
+        axis.set_xlabel("layer")
+        axis.set_ylabel(metric)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
 
 
 def plot(groups: list[Group], path: Path) -> None:

@@ -208,3 +208,18 @@ def test_result_that_is_not_text_names_its_file(tmp_path):
     (tmp_path / "results.json").write_bytes(b'{"task": "\xe9"}')
     with pytest.raises(UserError, match="results.json"):
         report.read_results(tmp_path)
+
+
+def test_what_runs_logged_for_every_layer_is_drawn(tmp_path):
+    gates = [{"hire/gate_1": 0.2 + seed, "hire/gate_2": 0.4, "task_loss": 0.3} for seed in (0, 1)]
+    runs = [result(0.8, seed=seed, methods=[{"hire": {}}], terms=terms) for seed, terms in enumerate(gates)]
+    store(tmp_path, [*runs, result(0.7)])
+    groups = report.group(report.read_results(tmp_path))
+    curves = report.by_layer(groups)
+    assert curves == {"hire/gate": {"hire, sst2, 500": {1: [0.2, 1.2], 2: [0.4, 0.4]}}}
+    paths = report.write(tmp_path, report.rows(groups), groups)
+    assert [path.name for path in paths][-1] == "report.layers.png"
+    assert imread(paths[-1]).std() > 0
+    plain = store(tmp_path / "plain", [result(0.7)])
+    groups = report.group(report.read_results(plain))
+    assert len(report.write(plain, report.rows(groups), groups)) == 3

@@ -17,6 +17,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm
 from dist_reg import noise, ops
 
 SIGMA, SEED, SITE, EPSILON = 0.1, 1, 7, 1e-5
+LAYERS = 6  # of layer_mix
 INNER = 2  # inner autoencoders in each of bottleneck's three
 
 Noise = Callable[[Tensor], Tensor]
@@ -152,6 +153,21 @@ def _plain_symmetric_kl(_draw: Noise, _batch: Batch, logits: Tensor, other: Tens
     return (((p.exp() - q.exp()) * (p - q)).sum(-1),)
 
 
+def _states_and_gates(batch: Batch) -> Outputs:
+    """The states of LAYERS layers, each in memory of its own, and their gates in fp32, none of them closed."""
+    generator = torch.Generator(batch.hidden.device).manual_seed(3)
+    states = [batch.hidden.roll(layer, 1) for layer in range(LAYERS)]
+    gates = torch.rand(
+        LAYERS, batch.hidden.shape[0], generator=generator, device=batch.hidden.device, dtype=torch.float32
+    )
+    return *states, gates + 0.1
+
+
+def _plain_layer_mix(_draw: Noise, _batch: Batch, *given: Tensor) -> Outputs:
+    states = torch.stack(given[:-1])
+    return ((given[-1].to(states.dtype)[:, :, None, None] * states).sum(0),)
+
+
 def _hidden_and_weights(batch: Batch) -> Outputs:
     """hidden, and three autoencoders of widths D/6, D/3 and 2D/3 with inner ones of half their width."""
     hidden = batch.hidden
@@ -270,6 +286,14 @@ OPERATIONS: dict[str, Operation] = {
         plain=_plain_symmetric_kl,
         forward=2,
         backward=4,
+        distribution=None,
+    ),
+    "layer_mix": Operation(
+        streams=_states_and_gates,
+        ours=lambda batch, *given: (ops.layer_mix(given[:-1], given[-1]),),
+        plain=_plain_layer_mix,
+        forward=LAYERS + 1,
+        backward=2 * LAYERS + 1,
         distribution=None,
     ),
     # A token costs 4 D d + 4 d h FLOP forward, those of its own autoencoder (the latter with an inner choice), and up to

@@ -75,6 +75,7 @@ def test_bytes_are_counted_by_hand():
     ]
     assert [rows["stability", which] for which in ("forward", "backward")] == [2 * stream, 6 * stream]
     assert [rows["perturb_stability", which] for which in ("forward", "backward")] == [4 * stream, 6 * stream]
+    assert [rows["layer_mix", which] for which in ("forward", "backward")] == [7 * stream, 13 * stream]
     widths = ((1, 1), (3, 1), (6, 3))
     weights = 2 * sum(10 * d + d + 2 * (h * d + h) + 2 * (d * h + d) + 10 * d + 10 for d, h in widths)
     assert [rows["bottleneck", which] for which in ("forward", "backward", "both")] == [

@@ -757,3 +757,43 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(fres
         logged = (fresh / "out" / "log.jsonl").stat().st_size
         time.sleep(1)
         assert (fresh / "out" / "log.jsonl").stat().st_size > logged
+
+
+HIRE_RUN = ("methods=[hire]", "train.output_dir=hire", "train.max_steps=3")
+
+
+def test_a_run_whose_method_stays_in_the_model(fresh):
+    """Trained, exported, evaluated to the digit, reported with its gates, and gone on with from the export."""
+    done = call("train", "run.yaml", *HIRE_RUN, cwd=fresh)
+    assert done.code == 0, done.err
+    scores = results(fresh, "hire")["metrics"]
+    for target in ("hire", "hire/model"):
+        evaluated = call("eval", target, "--out", "scores.json", cwd=fresh)
+        assert evaluated.code == 0, evaluated.err
+        assert json.loads((fresh / "scores.json").read_text()) == scores
+    assert "dist_reg.load" in (fresh / "hire" / "model" / "README.md").read_text()
+
+    reported = call("report", "hire", cwd=fresh)
+    assert reported.code == 0
+    assert (fresh / "hire" / "report.layers.png").is_file()
+
+    on = ("model=hire/model", "train.output_dir=on", "train.max_steps=2")
+    silent = call("train", "run.yaml", *on, cwd=fresh)
+    assert silent.code != 0
+    assert "methods: hire/model has hire, which stays in it; list it" in silent.err
+    other = call("train", "run.yaml", *on, "methods=[{hire: {combine: difference}}]", cwd=fresh)
+    assert other.code != 0
+    assert "this model has hire with combine: sum, and combine: difference is asked for" in other.err
+    assert not (fresh / "on").exists()
+    again = call("train", "run.yaml", *on, "methods=[hire, hype]", cwd=fresh)
+    assert again.code == 0, again.err
+
+
+def test_eval_of_an_export_without_its_description(fresh):
+    assert call("train", "run.yaml", *HIRE_RUN, cwd=fresh).code == 0
+    (fresh / "hire" / "model" / "dist_reg.json").unlink()
+    done = call("eval", "hire", cwd=fresh)
+    assert done.code != 0
+    assert "holds weights of a method" in done.err
+    assert "no dist_reg.json" in done.err
+    assert "Traceback" not in done.err
