@@ -40,8 +40,8 @@ from dist_reg.forward import (
     wrap_forward,
 )
 from dist_reg.fusion import Fusion
-from dist_reg.layer_noise import LayerNoise
 from dist_reg.kept import is_kept, keep
+from dist_reg.layer_noise import LayerNoise
 from dist_reg.methods.base import Method, Step, Transform
 from dist_reg.model import whole_parameter
 from dist_reg.noise import draw_example_keys, token_spans

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dist_reg.model import keyed_generator
 from dist_reg.noise import token_spans
@@ -46,26 +47,14 @@ def pack(spans: Tensor, tokens: int) -> Packing:
     return Packing(rows, counts[counts > 0], order)
 
 
-class PackedGRU(nn.GRU):
-    """A bidirectional GRU of two layers on packed data; tensors alone go in and out, which ZeRO-3's hooks can follow."""
-
-    def __init__(self, name: str, channels: int, units: int, seed: int) -> None:
-        """Parameters are U(-1, 1) / sqrt(units), as PyTorch draws them, by (`seed`, `name`, parameter)."""
-        super().__init__(channels, units, GRU_LAYERS, bidirectional=True, device="cpu")
-        for own, parameter in self.named_parameters():
-            bound = 1 / math.sqrt(units)
-            drawn = torch.empty(parameter.shape).uniform_(
-                -bound, bound, generator=keyed_generator(seed, f"{name}.{own}")
-            )
-            parameter.data.copy_(drawn)
-
-    def forward(self, data: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(outputs [P, 2H], final states [B, 2H] of the last layer) of packed `data` [P, channels]."""
-        begin = data.new_zeros(2 * GRU_LAYERS, int(counts[0]), self.hidden_size)
-        outputs, last = torch._VF.gru(
-            data, counts, begin, self._flat_weights, True, GRU_LAYERS, 0.0, self.training, True
-        )
-        return outputs, torch.cat((last[-2], last[-1]), 1)
+def packed_gru(name: str, channels: int, units: int, seed: int) -> nn.GRU:
+    """A bidirectional GRU of two layers, U(-1, 1) / sqrt(units) as PyTorch draws it, by (`seed`, `name`, parameter)."""
+    gru = nn.GRU(channels, units, GRU_LAYERS, bidirectional=True, device="cpu")
+    bound = 1 / math.sqrt(units)
+    for own, parameter in gru.named_parameters():
+        generator = keyed_generator(seed, f"{name}.{own}")
+        parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    return gru
 
 
 class HiddenExtractor(nn.Module):
@@ -90,7 +79,7 @@ class HiddenExtractor(nn.Module):
     ) -> None:
         super().__init__()
         self.combine, self.normalisation = combine, normalisation
-        self.gru = PackedGRU("hire.gru", channels, gru_hidden, seed) if extractor == "gru" else None
+        self.gru = packed_gru("hire.gru", channels, gru_hidden, seed) if extractor == "gru" else None
         if self.gru is None:
             self.query = nn.Parameter(_drawn((channels,), seed, "hire.query"))
         summary = channels if self.gru is None else 2 * gru_hidden
@@ -100,12 +89,12 @@ class HiddenExtractor(nn.Module):
         fusion[:, :channels] += torch.eye(channels)
         self.fusion_weight = nn.Parameter(fusion)
         self.fusion_bias = nn.Parameter(torch.zeros(channels, device="cpu"))
-        self.fusion_gru = PackedGRU("hire.fusion_gru", channels, gru_hidden, seed) if fusion_rnn else None
+        self.fusion_gru = packed_gru("hire.fusion_gru", channels, gru_hidden, seed) if fusion_rnn else None
         # A name that Transformers prints among the unexpected ones when its Auto classes load the weights.
         self.register_buffer("load_this_model_with_dist_reg_load", torch.ones(1, device="cpu"))
 
     def forward(self, states: Sequence[Tensor], spans: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(what the head reads [B, T, D], gates [L, B]) from L hidden states [B, T, D], the last one first to be read.
+        """(what the head reads [B, T, D], gates [L, B]) from L hidden states [B, T, D], of which the head reads the last today.
 
         `spans` int [B, 2] are the real tokens, None for all of them.
         """
@@ -113,7 +102,7 @@ class HiddenExtractor(nn.Module):
         batch, tokens, channels = last.shape
         if spans is None:
             spans = token_spans(None, batch, tokens, last.device)
-        packing = pack(spans, tokens) if self.gru is not None or self.fusion_gru is not None else None
+        packing: Any = pack(spans, tokens) if self.gru is not None or self.fusion_gru is not None else None
         if self.gru is not None:
             logits = self._summarise(self.gru, states, packing) @ self.gate_weight + self.gate_bias
         else:
@@ -122,18 +111,19 @@ class HiddenExtractor(nn.Module):
         gates = gates.to(torch.promote_types(last.dtype, torch.float32))
         fused = self._fuse(last, layer_mix(states, gates))
         if self.fusion_gru is not None:
-            outputs, _ = self.fusion_gru(
-                self._own_dtype(fused).reshape(-1, channels)[packing.rows], packing.counts
-            )
+            data = self._own_dtype(fused).reshape(-1, channels)[packing.rows]
+            outputs = self.fusion_gru(PackedSequence(data, packing.counts))[0].data
             whole = outputs.new_zeros(batch * tokens, channels)
             fused = whole.index_copy(0, packing.rows, outputs).view(batch, tokens, channels)
         return fused.to(last.dtype), gates
 
-    def _summarise(self, gru: PackedGRU, states: Sequence[Tensor], packing: Packing) -> Tensor:
+    def _summarise(self, gru: nn.GRU, states: Sequence[Tensor], packing: Packing) -> Tensor:
         """u_l of every layer [L, B, 2H]: the layers' real tokens go through as one batch of L * B sequences."""
         channels, layers, batch = states[0].shape[2], len(states), packing.order.shape[0]
         real = [self._own_dtype(state).reshape(-1, channels)[packing.rows] for state in states]
-        _, last = gru(torch.stack(real, 1).flatten(0, 1), packing.counts * layers)
+        data = torch.stack(real, 1).flatten(0, 1)
+        _, states_at_end = gru(PackedSequence(data, packing.counts * layers))
+        last = torch.cat((states_at_end[-2], states_at_end[-1]), 1)
         by_example = torch.empty_like(packing.order)
         by_example[packing.order] = torch.arange(batch, device=packing.order.device)
         return last.view(batch, layers, -1)[by_example].transpose(0, 1)
@@ -167,6 +157,4 @@ class HiddenExtractor(nn.Module):
 
 
 def _drawn(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
-    return torch.empty(shape, device="cpu").normal_(
-        0.0, INITIAL_STD, generator=keyed_generator(seed, name)
-    )
+    return torch.empty(shape, device="cpu").normal_(0.0, INITIAL_STD, generator=keyed_generator(seed, name))

@@ -203,7 +203,8 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(EXTRA)}
+                names: list[str] = list(file.keys())
+                found |= {name: file.get_tensor(name) for name in names if name.startswith(EXTRA)}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({reason(error)}).") from None
     return found

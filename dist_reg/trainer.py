@@ -214,7 +214,9 @@ class Trainer(transformers.Trainer):
                 "optimizers: a method adds modules that learn at a rate of their own, for which the trainer must make "
                 "optimizer and schedule itself; leave it out."
             )
-        deepspeed: Any = getattr(self.args, "hf_deepspeed_config", None) if self.is_deepspeed_enabled else None
+        deepspeed: Any = (
+            getattr(self.args, "hf_deepspeed_config", None) if self.is_deepspeed_enabled else None
+        )
         config = {} if deepspeed is None else deepspeed.config
         for section in ("optimizer", "scheduler"):
             if section in config:

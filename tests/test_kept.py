@@ -62,7 +62,10 @@ def test_a_loaded_model_trains_on_and_is_saved_again(exported, tmp_path):
     folder, expected = exported
     model = dist_reg.load(folder)
     trainer = Trainer(
-        model, arguments(tmp_path / "on", save_strategy="steps", save_steps=2), methods=[METHOD], train_dataset=rows()
+        model,
+        arguments(tmp_path / "on", save_strategy="steps", save_steps=2),
+        methods=[METHOD],
+        train_dataset=rows(),
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "again"))
@@ -133,7 +136,9 @@ def test_beside_adapters(tmp_path):
     fresh = peft.PeftModel.from_pretrained(build("bert", dropout=0.0), tmp_path / "adapter")
     found = dist_reg.load(tmp_path / "adapter", model=fresh)
     assert torch.equal(logits(found), logits(model.eval()))
-    with pytest.raises(UserError, match="holds adapters; load them with PEFT and hand the model over as model="):
+    with pytest.raises(
+        UserError, match="holds adapters; load them with PEFT and hand the model over as model="
+    ):
         dist_reg.load(tmp_path / "adapter")
 
 
@@ -156,7 +161,10 @@ def without(folder, key):
 
 
 BROKEN = [
-    (lambda folder: (folder / FILE).unlink(), r"holds weights of a method \(dist_reg_hire\..*but no dist_reg.json"),
+    (
+        lambda folder: (folder / FILE).unlink(),
+        r"holds weights of a method \(dist_reg_hire\..*but no dist_reg.json",
+    ),
     (lambda folder: (folder / FILE).write_text("{"), r"dist_reg.json is damaged"),
     (lambda folder: (folder / FILE).write_text("[]"), r"dist_reg.json is damaged"),
     (
@@ -165,7 +173,9 @@ BROKEN = [
         r"BertForSequenceClassification with 3 layers of 32 channels",
     ),
     (
-        lambda folder: change(folder, lambda text: text.update(dist_reg="7.0") or text["methods"][0]["hire"].update(depth=3)),
+        lambda folder: change(
+            folder, lambda text: text.update(dist_reg="7.0") or text["methods"][0]["hire"].update(depth=3)
+        ),
         rf"was written by dist-reg 7.0 and this is dist-reg {dist_reg.__version__}: .*depth",
     ),
     (
@@ -176,7 +186,10 @@ BROKEN = [
         lambda folder: change(folder, lambda text: text["methods"][0]["hire"].update(extractor="attention")),
         r"of dist_reg_hire.gate_weight|of dist_reg_hire.gru",
     ),
-    (only_plain_weights, r"of dist_reg_hire.fusion_bias the weights hold nothing, and the options .* ask for \[32\]"),
+    (
+        only_plain_weights,
+        r"of dist_reg_hire.fusion_bias the weights hold nothing, and the options .* ask for \[32\]",
+    ),
     (
         lambda folder: without(folder, "dist_reg_hire.gru.bias_hh_l1"),
         r"of dist_reg_hire.gru.bias_hh_l1 the weights hold nothing, and the options in dist_reg.json ask for \[48\]",
@@ -199,7 +212,9 @@ def test_another_backbone_under_the_same_folder(exported, tmp_path):
     folder, _ = exported
     other = build("roberta")
     names = list(other.state_dict())
-    with pytest.raises(UserError, match="was trained as Bert.*; the model is RobertaForSequenceClassification"):
+    with pytest.raises(
+        UserError, match="was trained as Bert.*; the model is RobertaForSequenceClassification"
+    ):
         dist_reg.load(folder, model=other)
     assert list(other.state_dict()) == names
 

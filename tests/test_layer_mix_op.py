@@ -55,7 +55,9 @@ def test_a_block_compiles_without_a_graph_break(device):
 def test_checkpointing_replays_the_block(device, reentrant):
     (states, gates), (replayed, own) = inputs(device), inputs(device)
     block(states, gates)[1].backward()
-    checkpoint(lambda *given: block(given[:-1], given[-1])[1], *replayed, own, use_reentrant=reentrant).backward()
+    checkpoint(
+        lambda *given: block(given[:-1], given[-1])[1], *replayed, own, use_reentrant=reentrant
+    ).backward()
     for one, other in zip([*states, gates], [*replayed, own]):
         assert torch.equal(one.grad, other.grad)
 

@@ -51,7 +51,9 @@ class HIRE(Method):
         if units is not None and (type(units) is not int or units < 1):
             raise UserError(f"hire: gru_hidden must be a whole number of at least 1; it is {units!r}.")
         if units is not None and self.extractor == "attention" and not self.fusion_rnn:
-            raise UserError("hire: gru_hidden has no effect without a GRU; leave it out, or set fusion_rnn: true.")
+            raise UserError(
+                "hire: gru_hidden has no effect without a GRU; leave it out, or set fusion_rnn: true."
+            )
 
     def units(self, hidden_size: int) -> int:
         """H, of a model of `hidden_size`. Raises UserError where what the head reads would have another width."""

@@ -48,9 +48,7 @@ def _(states: list[Tensor], gates: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dist_reg::layer_mix_backward", mutates_args=())
-def _layer_mix_backward(
-    gradient: Tensor, states: list[Tensor], gates: Tensor
-) -> tuple[list[Tensor], Tensor]:
+def _layer_mix_backward(gradient: Tensor, states: list[Tensor], gates: Tensor) -> tuple[list[Tensor], Tensor]:
     return implementation("layer_mix", "layer_mix_backward", gradient)(gradient, states, gates)
 
 

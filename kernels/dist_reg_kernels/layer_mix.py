@@ -111,9 +111,7 @@ def _layer_mix_backward_kernel(
 
 if triton is not None:
     _layer_mix_kernel = triton.jit(_layer_mix_kernel, do_not_specialize=["tokens", "batch"])
-    _layer_mix_backward_kernel = triton.jit(
-        _layer_mix_backward_kernel, do_not_specialize=["tokens", "batch"]
-    )
+    _layer_mix_backward_kernel = triton.jit(_layer_mix_backward_kernel, do_not_specialize=["tokens", "batch"])
 
 
 def layer_mix_triton(states: Sequence[Tensor], gates: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def test_the_straightforward_mvcr_is_the_same_mathematics(reconstruct):
     assert peer(**inputs).loss.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [HIRE(), HIRE(extractor="attention", fusion_rnn=False, combine="difference")])
+@pytest.mark.parametrize(
+    "method", [HIRE(), HIRE(extractor="attention", fusion_rnn=False, combine="difference")]
+)
 def test_the_straightforward_hire_is_the_same_mathematics(method):
     model, inputs = build("bert", dropout=0.0), batch("bert")
     with regularize(model, [method], seed=SEED):

@@ -54,7 +54,9 @@ def cross_compile(
             kernel,
             signature,
             constexprs=constants,
-            attrs={path: [["tt.divisibility", 16]] for name in aligned for path in _paths(names, name, types)},
+            attrs={
+                path: [["tt.divisibility", 16]] for name in aligned for path in _paths(names, name, types)
+            },
         ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "enable_fp_fusion": fp_fusion},

@@ -54,7 +54,7 @@ def build(name: str, channels: int, layers: int, capability: int, dtype: str) ->
     pointers = [argument for argument in function.arg_names if argument.endswith("_ptr")]
     types: dict[str, Any] = dict.fromkeys(pointers, f"*{dtype}")
     types |= dict.fromkeys(("gates_ptr", "dots_ptr", "carried_ptr"), "*fp32")
-    types |= {name: (f"*{dtype}",) * layers for name in ("states", "outs")}
+    types |= dict.fromkeys(("states", "outs"), (f"*{dtype}",) * layers)
     constants = {"STATES": layers, "BLOCKS": blocks, **KERNELS[name]}
     if name == "forward":
         constants["carried_ptr"] = None
@@ -68,7 +68,14 @@ def build(name: str, channels: int, layers: int, capability: int, dtype: str) ->
         warps=warps,
         fp_fusion=True,
     )
-    return {"kernel": name, "channels": channels, "layers": layers, "capability": capability, "dtype": dtype, **found}
+    return {
+        "kernel": name,
+        "channels": channels,
+        "layers": layers,
+        "capability": capability,
+        "dtype": dtype,
+        **found,
+    }
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def by_the_formula(module, method, hidden_states, mask):
     for b in range(mask.shape[0]):
         real = mask[b].bool()
         states = torch.stack([state[b, real] for state in hidden_states])
-        logits = [summary(module, method, state) @ module.gate_weight + module.gate_bias[0] for state in states]
+        logits = [
+            summary(module, method, state) @ module.gate_weight + module.gate_bias[0] for state in states
+        ]
         logits = torch.stack(logits)
         own = logits.softmax(0) if method.normalisation == "softmax" else logits.relu()
         last, mixed = states[-1], (own[:, None, None] * states).sum(0)
@@ -168,7 +170,12 @@ def test_regression_reads_it():
         {"combine": "difference"},
         {"normalisation": "softmax"},
         {"extractor": "attention"},
-        {"extractor": "attention", "include_embeddings": True, "combine": "difference", "normalisation": "softmax"},
+        {
+            "extractor": "attention",
+            "include_embeddings": True,
+            "combine": "difference",
+            "normalisation": "softmax",
+        },
     ],
     ids=str,
 )
@@ -297,7 +304,9 @@ def test_a_model_that_has_it_can_be_regularised_again():
         assert not torch.equal(model(**inputs, example_keys=KEYS).logits, expected)
         assert "hire/gate_3" in handle.metrics()
     assert torch.equal(model(**inputs).logits, expected)
-    with pytest.raises(UserError, match=r"this model has hire with extractor: gru, and extractor: attention is"):
+    with pytest.raises(
+        UserError, match=r"this model has hire with extractor: gru, and extractor: attention is"
+    ):
         regularize(model, [HIRE(extractor="attention")])
     assert torch.equal(model(**inputs).logits, expected)
 
@@ -521,7 +530,10 @@ def test_a_cache_is_refused():
     model = build("llama").eval()
     ids = torch.full((1, 4), 7)
     cache = model.model(ids, use_cache=True).past_key_values
-    with regularize(model, [HIRE()]), pytest.raises(UserError, match="call the model without past_key_values"):
+    with (
+        regularize(model, [HIRE()]),
+        pytest.raises(UserError, match="call the model without past_key_values"),
+    ):
         model(ids, past_key_values=cache)
 
 
@@ -535,7 +547,10 @@ MISTAKES = [
     ({"extractor": "lstm"}, "hire: extractor: input should be 'gru' or 'attention'; it is 'lstm'"),
     ({"combine": "product"}, "hire: combine: input should be 'sum' or 'difference'; it is 'product'"),
     ({"gru_hidden": 0}, "hire: gru_hidden must be a whole number of at least 1; it is 0"),
-    ({"gru_hidden": 8, "extractor": "attention", "fusion_rnn": False}, "gru_hidden has no effect without a GRU"),
+    (
+        {"gru_hidden": 8, "extractor": "attention", "fusion_rnn": False},
+        "gru_hidden has no effect without a GRU",
+    ),
     ({"gru_hiden": 8}, "gru_hidden"),
 ]
 
@@ -550,13 +565,17 @@ def test_mistakes(options, message):
 
 
 def test_a_width_that_the_head_cannot_read_is_refused():
-    with pytest.raises(UserError, match=r"returns 2 x 5 channels where the head reads 32; set gru_hidden: 16, or"):
+    with pytest.raises(
+        UserError, match=r"returns 2 x 5 channels where the head reads 32; set gru_hidden: 16, or"
+    ):
         regularize(build("bert"), [HIRE(gru_hidden=5)])
     config = BertConfig(
         vocab_size=50, hidden_size=15, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20
     )
     model = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(UserError, match=r"returns 2 x 7 channels where the head reads 15; set fusion_rnn: false"):
+    with pytest.raises(
+        UserError, match=r"returns 2 x 7 channels where the head reads 15; set fusion_rnn: false"
+    ):
         regularize(model, [HIRE()])
     with regularize(model, [HIRE(fusion_rnn=False)]):
         model(torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1])).loss.backward()
