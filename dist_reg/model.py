@@ -50,10 +50,11 @@ def resolve_model(name: str) -> str:
 
 
 def load_model(
-    config: ModelConfig, model_class: str, seed: int, **overrides: Any
+    config: ModelConfig, model_class: str, seed: int, *, single_words: bool = False, **overrides: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The pretrained model with a task's head (`model_class`, such as AutoModelForSequenceClassification), and its
-    tokenizer. `overrides` and `config.config` change fields of the model's configuration.
+    tokenizer. `overrides` and `config.config` change fields of the model's configuration. `single_words`: the tokenizer is to
+    take words one by one, before each of which RoBERTa's and GPT-2's must be told to put a space.
 
     Parameters that the pretrained weights lack, such as a fresh head, are drawn by name from `seed`: the same at
     every ZeRO stage and world size. Raises UserError when the model cannot be found or read.
@@ -77,6 +78,8 @@ def load_model(
                     f"model.config: {key} cannot be {value!r} ({type(error).__name__})."
                 ) from None
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **shared)
+        if single_words and getattr(tokenizer, "add_prefix_space", True) is False:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, add_prefix_space=True, **shared)
         pad_with_end(tokenizer, settings)
         with _quiet():
             model, info = getattr(transformers, model_class).from_pretrained(

@@ -53,7 +53,9 @@ def train(run: RunConfig) -> dict[str, Any]:
         run, folder.checkpoints, main_metric=task.main_metric, greater_is_better=task.greater_is_better
     )
     transformers.set_seed(args.seed)
-    model, tokenizer = load_model(run.model, task.model_class, args.seed, **task.model_kwargs())
+    model, tokenizer = load_model(
+        run.model, task.model_class, args.seed, single_words=task.single_words, **task.model_kwargs()
+    )
     check_fit(run, task, model, args)
     task = task.tokenize(tokenizer, run.data.max_length)
     trainer = build_trainer(run, task, model, tokenizer, args, folder)
@@ -96,6 +98,7 @@ def train_in(
         "seed": args.seed,
         "data_seed": run.data.seed,
         "train_examples": len(task.train),
+        "counts": {name: dict(counts) for name, counts in task.counts.items()},
         "settings": settings(run),
         "main_metric": task.main_metric,
         "selection": "best dev checkpoint" if args.load_best_model_at_end else "last step",
@@ -145,9 +148,6 @@ def build_trainer(
             eval_dataset=task.dev,
             data_collator=task.collator(tokenizer),
             processing_class=tokenizer,
-            compute_metrics=lambda prediction: task.compute_metrics(
-                prediction.predictions, prediction.label_ids
-            ),
         )
     except UserError:
         raise
@@ -157,12 +157,23 @@ def build_trainer(
         if args.push_to_hub and not error.filename:
             raise UserError(f"train.push_to_hub: the hub cannot be used ({reason(error)}).") from None
         raise UserError(f"train.output_dir: {folder.path} cannot be created ({reason(error)}).") from None
+    score(trainer, task)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogCallback(folder.log_file))
     if run.early_stopping is not None:
         stopping = run.early_stopping
         trainer.add_callback(transformers.EarlyStoppingCallback(stopping.patience, stopping.threshold))
     return trainer
+
+
+def score(trainer: Trainer, task: Task) -> None:
+    """Let the evaluations of `trainer` keep what `task` needs of the logits, and compute its metrics."""
+    trainer.preprocess_logits_for_metrics = lambda logits, labels: task.reduce(logits)
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return task.compute_metrics(prediction.predictions, prediction.label_ids, trainer.evaluated_rows)
+
+    trainer.compute_metrics = metrics
 
 
 def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.TrainingArguments) -> None:

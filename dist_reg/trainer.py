@@ -117,6 +117,8 @@ class Trainer(transformers.Trainer):
         self._sampler: EpochSampler | None = None
         self._partial: Path | None = None
         self._ids_missed = False
+        self.evaluated_rows: Any = None
+        """The rows that are being evaluated, with all their columns, for `compute_metrics`."""
         try:
             super().__init__(model=model, args=args, **kwargs)
             self._check_optimizer_of_added_modules()
@@ -266,6 +268,12 @@ class Trainer(transformers.Trainer):
                 raise
             examples = [int(ids[row]) for row in error.rows]
             raise NonFiniteTerm(error.name, error.layer, examples, "examples with the ids") from None
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        own: Any = self.eval_dataset
+        named = isinstance(eval_dataset, str)
+        self.evaluated_rows = own[eval_dataset] if named else own if eval_dataset is None else eval_dataset
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def prediction_step(
         self,

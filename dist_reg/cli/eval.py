@@ -71,7 +71,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
 
     from dist_reg.config import ModelConfig
     from dist_reg.model import load_model
-    from dist_reg.run import check_length
+    from dist_reg.run import check_length, score
     from dist_reg.run import evaluate as evaluate_sets
     from dist_reg.runtime import prepare_process
     from dist_reg.tasks import load_task
@@ -80,7 +80,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     prepare_process(deepspeed=False)
     task = load_task(run.task, run.data)
     source = ModelConfig(name=str(folder), trust_remote_code=run.model.trust_remote_code)
-    model, tokenizer = load_model(source, task.model_class, seed=0)
+    model, tokenizer = load_model(source, task.model_class, seed=0, single_words=task.single_words)
     check_length(model, run.data.max_length, "data.max_length")
     fresh: Any = model.fresh_parameters
     if fresh:
@@ -107,9 +107,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
             args,
             layers_path=run.model.layers_path,
             data_collator=task.collator(tokenizer),
-            compute_metrics=lambda prediction: task.compute_metrics(
-                prediction.predictions, prediction.label_ids
-            ),
         )
+        score(trainer, task)
         trainer.remove_callback(transformers.PrinterCallback)
         return evaluate_sets(trainer, task)

@@ -76,7 +76,8 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path} is empty (0 bytes)")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError naming the line that is not UTF-8."""
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -122,7 +123,7 @@ def _records(
 def _read_delimited(
     path: Path, delimiter: str, quoted: bool, header: Sequence[str] | None, skip_bad_rows: bool
 ) -> Table:
-    text = _read_text(path)
+    text = read_text(path)
     records = _records(path, text, delimiter, quoted)
     if header is None:
         header = next(records, (0, []))[1]
@@ -163,7 +164,7 @@ def _read_jsonl(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     # split("\n"), not splitlines(): a JSON string may hold U+2028 and its like
-    for line, content in enumerate(_read_text(path).split("\n"), start=1):
+    for line, content in enumerate(read_text(path).split("\n"), start=1):
         if not content.strip():
             continue
         try:

@@ -7,7 +7,7 @@ from dist_reg.errors import UserError, nearest
 
 
 def read_hub(name: str, config: str | None, split: str, *, instead: str) -> Table:
-    """Load one split of a hub data set through `datasets.load_dataset`; class labels come as their names.
+    """Load one split of a hub data set through `datasets.load_dataset`; class labels, and lists of them, come as names.
 
     Args:
         instead: what the message recommends where the hub cannot be reached, e.g. "give data.data_dir".
@@ -33,4 +33,7 @@ def read_hub(name: str, config: str | None, split: str, *, instead: str) -> Tabl
         if isinstance(feature, ClassLabel):
             # -1 marks an unlabelled row there
             columns[column] = [None if i is None or i < 0 else feature.int2str(i) for i in columns[column]]
+        inner = getattr(feature, "feature", None)
+        if isinstance(inner, ClassLabel):
+            columns[column] = [[inner.int2str(i) for i in ids] for ids in columns[column]]
     return Table(source=f"{label}, split {split}", columns=columns, lines=range(1, len(data) + 1))

@@ -31,16 +31,20 @@ class Task(ABC):
 
     name: str
     kind: str
-    """`classification` or `regression`; decides loss, label dtype and metrics."""
+    """`classification`, `regression`, `ner` or `pos`; decides loss, label dtype and metrics."""
     train: Dataset
     dev: Dataset
     eval_sets: Mapping[str, Dataset] = field(default_factory=dict)
     """Further evaluation sets by name."""
     metrics: tuple[str, ...]
-    """Names known to `dist_reg.tasks.metrics`; the first one is the main metric."""
+    """Names of the task's metrics; the first one is the main metric."""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What `count` says of every tokenized set, by name."""
 
     model_class: ClassVar[str]
     """The `transformers` auto class whose `from_pretrained` builds the model with the right head."""
+    single_words: ClassVar[bool] = False
+    """Whether the tokenizer is given words one by one."""
 
     @property
     def main_metric(self) -> str:
@@ -69,9 +73,17 @@ class Task(ABC):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What makes a batch of tokenized rows."""
 
-    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The task's metrics; see `dist_reg.tasks.metrics.compute`."""
-        return compute(self.metrics, logits, labels)
+    def reduce(self, logits: Any) -> Any:
+        """What an evaluation keeps of a batch's logits (a tensor, or several); all of them, if a task needs no less."""
+        return logits
+
+    def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict[str, float]:
+        """The task's metrics from what `reduce` kept of `rows` (tokenized); see `dist_reg.tasks.metrics.compute`."""
+        return compute(self.metrics, predictions, labels)
+
+    def count(self, name: str, encoded: Dataset) -> dict[str, int]:
+        """How many rows the tokenized set `name` has, and what of them did not fit."""
+        return {"rows": len(encoded)}
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Task:
         """The same task with tokenized data sets: model inputs, `label` and `example_id`.
@@ -83,11 +95,12 @@ class Task(ABC):
         if max_length > limit:
             raise UserError(f"data.max_length is {max_length}, but the model takes at most {limit} tokens")
 
-        def one(rows: Dataset) -> Dataset:
-            return _encode_all(self, rows, tokenizer, max_length)
-
-        sets = {name: one(rows) for name, rows in self.eval_sets.items()}
-        return replace(self, train=one(self.train), dev=one(self.dev), eval_sets=sets)
+        sets = {
+            name: _encode_all(self, rows, tokenizer, max_length)
+            for name, rows in {"train": self.train, **self.evaluation_sets}.items()
+        }
+        counts = {name: self.count(name, encoded) for name, encoded in sets.items()}
+        return replace(self, train=sets.pop("train"), dev=sets.pop("dev"), eval_sets=sets, counts=counts)
 
 
 _ROWS_AT_ONCE = 10_000

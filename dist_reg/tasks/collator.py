@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+UNLABELLED = -100
+"""The label that Transformers' losses leave out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collator:
     """Pads a list of rows to the longest one and returns tensors.
 
-    Out: the tokenizer's inputs [B, T], `labels` [B] of `label_dtype` (where rows have `label`), and
-    `example_ids` int64 [B].
+    Out: the tokenizer's inputs [B, T], `labels` of `label_dtype` (where rows have `label`), [B], or [B, T] padded with -100
+    where a row has one for every token, and `example_ids` int64 [B].
 
     Raises:
         UserError: the tokenizer has no padding token, or a row has no `example_id` (a trainer with
@@ -48,6 +52,14 @@ class Collator:
         pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
         batch = dict(pad([{k: v for k, v in row.items() if k not in extra} for row in features]))
         if "label" in features[0]:
-            batch["labels"] = torch.tensor([row["label"] for row in features], dtype=self.label_dtype)
+            labels = [row["label"] for row in features]
+            if isinstance(labels[0], list):
+                labels = [self._padded(label, batch["input_ids"].shape[1]) for label in labels]
+            batch["labels"] = torch.tensor(labels, dtype=self.label_dtype)
         batch["example_ids"] = torch.tensor([row["example_id"] for row in features], dtype=torch.int64)
         return batch
+
+    def _padded(self, label: list[int], length: int) -> list[int]:
+        """On the side on which the tokenizer pads."""
+        padding = [UNLABELLED] * (length - len(label))
+        return padding + label if self.tokenizer.padding_side == "left" else label + padding

@@ -19,6 +19,7 @@ from dist_reg.errors import UserError, nearest
 from dist_reg.tasks.base import Task
 from dist_reg.tasks.labels import class_ids, find_label_names, scores
 from dist_reg.tasks.sequence import SequenceTask, make_dataset
+from dist_reg.tasks.tagging import TAGGING
 
 
 def load_task(name: str | None, config: DataConfig) -> Task:
@@ -119,6 +120,7 @@ TASKS: dict[str, Callable[[DataConfig], Task]] = {
     **{name: partial(_glue, name) for name in GLUE},
     "classification": partial(_own, "classification"),
     "regression": partial(_own, "regression"),
+    **TAGGING,
 }
 """Every task by name, with what loads it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def compute(metrics: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> d
         raise ValueError(f"{len(logits)} rows of logits, but {len(labels)} labels")
     if len(logits) == 0:
         raise UserError("the evaluation set is empty: no metric is defined")
-    _check_finite(logits)
+    check_finite(logits)
     return {name: _one(name, logits, labels) for name in metrics}
 
 
@@ -107,7 +108,9 @@ def _one(name: str, logits: np.ndarray, labels: np.ndarray) -> float:
     return CLASSIFICATION[name](logits.argmax(-1), labels)
 
 
-def _check_finite(logits: np.ndarray) -> None:
+def check_finite(logits: Any) -> None:
+    """Raise UserError, naming the first row, where `logits` (an array or a tensor) hold NaN or infinities."""
+    logits = np.asarray(logits.float().cpu()) if hasattr(logits, "cpu") else logits
     rows = np.flatnonzero(~np.isfinite(logits).reshape(len(logits), -1).all(axis=1))
     if rows.size:
         kind = "NaN" if np.isnan(logits).any() else "infinite"

@@ -35,7 +35,7 @@ def three_way(tmp_path) -> DataConfig:
 
 def test_registry():
     glue = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
-    assert set(TASKS) == {"demo", "classification", "regression"} | glue
+    assert set(TASKS) == {"demo", "classification", "regression", "ner", "pos", "wnut17"} | glue
     with pytest.raises(UserError, match="unknown task 'sst3'; did you mean 'sst2'"):
         load_task("sst3", DataConfig())
 

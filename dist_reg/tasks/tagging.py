@@ -1,0 +1,144 @@
+"""From the `data` section of a run file to a task of token classification: `ner`, `pos` and `wnut17`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dist_reg.data.config import DataConfig
+from dist_reg.data.conll import read_conll
+from dist_reg.data.files import FORMATS, read_table
+from dist_reg.data.hub import read_hub
+from dist_reg.data.table import Table
+from dist_reg.errors import UserError
+from dist_reg.tasks.base import Task
+from dist_reg.tasks.tags import check_sentences, find_tag_names, tag_ids
+from dist_reg.tasks.tokens import TokenTask, make_dataset
+
+METRICS = {"ner": ("f1", "precision", "recall", "accuracy"), "pos": ("accuracy",)}
+WNUT17 = {"train": "wnut17train.conll", "dev": "emerging.dev.conll", "test": "emerging.test.annotated"}
+"""The files of the WNUT 2017 shared task on emerging entities."""
+
+
+def own_tagging(kind: str, config: DataConfig) -> Task:
+    """A task `ner` or `pos` on the files or the hub's data set that `config` names."""
+    tables = {}
+    for split, hub_split in (("train", "train"), ("dev", "validation")):
+        value = getattr(config, split)
+        if config.hub is not None:
+            instead = "give local files under data.train and data.dev"
+            table = read_hub(config.hub, config.hub_config, value or hub_split, instead=instead)
+            tables[split] = _sentences(table, config.text, config.label)
+        elif value is None:
+            raise UserError(
+                f"task {kind} needs data.{split}, the path of a CoNLL, csv, tsv, jsonl or parquet file"
+            )
+        else:
+            tables[split] = read_sentences(value, config.data_dir, config)
+    return _build(kind, kind, tables, config)
+
+
+def wnut17(config: DataConfig) -> Task:
+    """Emerging entities, with the shared task's test set as a further evaluation set."""
+    for name in ("hub", "text", "text_pair", "label", "quoting"):
+        if getattr(config, name) is not None:
+            raise UserError(
+                f"data.{name} has no use with task wnut17: its layout is known; use task ner for other files"
+            )
+    if config.data_dir is None:
+        raise UserError(f"task wnut17 needs data.data_dir, the folder that holds {WNUT17['train']}")
+    files = {**WNUT17, **{split: given for split in ("train", "dev") if (given := getattr(config, split))}}
+    tables = {split: read_sentences(file, config.data_dir, config) for split, file in files.items()}
+    return _build("wnut17", "ner", tables, config)
+
+
+TAGGING: dict[str, Callable[[DataConfig], Task]] = {
+    "ner": partial(own_tagging, "ner"),
+    "pos": partial(own_tagging, "pos"),
+    "wnut17": wnut17,
+}
+"""Every task of token classification by name, with what loads it."""
+
+
+def read_sentences(file: str, data_dir: str | None, columns: Any) -> Table:
+    """The sentences of a file: `tokens` and `tags`. `columns` says `text`, `label` and `quoting`, as `DataConfig` does.
+
+    Any extension but csv, tsv, jsonl and parquet is CoNLL, whose tags are in the column of number `label`.
+    """
+    path = Path(data_dir or "").expanduser() / Path(file).expanduser()
+    if path.suffix.lower() in FORMATS:
+        return _sentences(read_table(path, quoting=columns.quoting), columns.text, columns.label)
+    if columns.text is not None:
+        raise UserError(f"data.text has no use with {path}: the tokens are the first column of a CoNLL file")
+    if columns.label is not None and not columns.label.isdecimal():
+        raise UserError(
+            f"data.label is {columns.label!r}; for a CoNLL file such as {path} it is a column's number"
+        )
+    return read_conll(path, None if columns.label is None else int(columns.label))
+
+
+def _sentences(table: Table, tokens: str | None, tags: str | None) -> Table:
+    """The columns `tokens` and `tags` of a table, under the names they have there."""
+    if tags is None:
+        tags = next((name for name in ("tags", "ner_tags", "pos_tags") if name in table.columns), "tags")
+    own = {"tokens": table.column(tokens or "tokens"), "tags": table.column(tags)}
+    return replace(
+        table,
+        columns={
+            name: [_as_list(table, row, name, cell) for row, cell in enumerate(cells)]
+            for name, cells in own.items()
+        },
+    )
+
+
+def _as_list(table: Table, row: int, name: str, cell: Any) -> list[Any]:
+    """A list as it is; a text, as csv has it, is a JSON list or words with spaces between them."""
+    if isinstance(cell, str):
+        if not cell.lstrip().startswith("["):
+            return cell.split()
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            return cell.split()  # a sentence may begin with a bracket
+    if not isinstance(cell, list):
+        raise UserError(f"{table.where(row)}: the {name} are {cell!r}, which is no list")
+    return [str(item) if name == "tags" else item for item in cell]
+
+
+def _build(name: str, kind: str, tables: dict[str, Table], config: DataConfig) -> Task:
+    entities = kind == "ner"
+    for set_name, eval_set in config.eval.items():
+        if set_name in tables:
+            raise UserError(f"data.eval.{set_name} has the name of a set of task {name}; rename it")
+        if eval_set.file is None:
+            raise UserError(f"data.eval.{set_name} needs `file` with task {name}, not `task`")
+        if eval_set.text_pair is not None:
+            raise UserError(
+                f"data.eval.{set_name}.text_pair has no use with task {name}: a sentence has no pair"
+            )
+        tables[set_name] = read_sentences(eval_set.file, eval_set.data_dir or config.data_dir, eval_set)
+    if config.text_pair is not None:
+        raise UserError(f"data.text_pair has no use with task {name}: a sentence has no pair")
+    for table in tables.values():
+        check_sentences(table, entities=entities)
+    names = find_tag_names(tables["train"], entities=entities)
+    samples = {set_name: eval_set.samples for set_name, eval_set in config.eval.items()}
+    samples |= {"train": config.train_samples, "dev": config.dev_samples}
+    datasets = {}
+    for set_name, table in tables.items():
+        label_map = config.eval[set_name].label_map if set_name in config.eval else None
+        tags = tag_ids(table, names, set_name=set_name, label_map=label_map)
+        datasets[set_name] = make_dataset(table, tags, samples=samples.get(set_name), seed=config.seed)
+    return TokenTask(
+        name=name,
+        kind=kind,
+        train=datasets.pop("train"),
+        dev=datasets.pop("dev"),
+        eval_sets=datasets,
+        label_names=names,
+        metrics=METRICS[kind],
+    )
