@@ -40,7 +40,7 @@ from dist_reg.forward import (
     wrap_forward,
 )
 from dist_reg.fusion import Fusion
-from dist_reg.kept import is_kept, keep
+from dist_reg.kept import is_kept, keep, kept_methods, save_what_is_kept
 from dist_reg.layer_noise import LayerNoise
 from dist_reg.methods.base import Method, Step, Transform
 from dist_reg.model import whole_parameter
@@ -117,6 +117,7 @@ class Handle:
         self._outputs_are_read = False
         self._undo: list[Callable[[], None]] = []
         self._undo_kept: list[Callable[[], None]] = []
+        self._readout: Readout | None = None
         self._step: Step | None = None
         """The forward that is under way, if one is."""
         self._last_step: Step | None = None
@@ -127,11 +128,11 @@ class Handle:
         try:
             for method in self.methods:
                 self._attaching, self._attaching_kept = method.name, method.kept
-                if not method.kept:
+                if not (method.kept and is_kept(model, method)):
                     method.attach(self)
-                elif not is_kept(model, method):
-                    method.attach(self)
-                    self._undo_kept.append(keep(model, method, layers_path))
+                if method.kept and not is_kept(model, method):
+                    self._undo_kept.append(keep(model, method, layers_path, self._readout))
+            self._follow_kept()
             self._fusion = Fusion(self.backbone, self._inputs, self._layer_steps, self._outputs_are_read)
             self._hook_layers()
             self._undo.append(wrap_forward(model, self))
@@ -151,19 +152,29 @@ class Handle:
     def reads_outputs(self) -> None:
         self._outputs_are_read = True
 
-    def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> None:
+    def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> Callable[[], Any]:
         place = next(self.backbone.layers[0].parameters(), None)
         if place is not None and not hasattr(place, "ds_id") and not place.is_meta:
             module.to(place.device)
-        self.model.add_module(EXTRA + name, module)
+        owner: Any = inner_model(self.model)  # adapters around it may come and go
+        owner.add_module(EXTRA + name, module)
         undo = self._undo_kept if self._attaching_kept else self._undo
-        undo.append(functools.partial(delattr, self.model, EXTRA + name))
+        undo.append(functools.partial(delattr, owner, EXTRA + name))
         self._modules[module] = self._attaching, learning_rate_multiple
+        return functools.partial(getattr, owner, EXTRA + name)
 
     def replace_readout(self, fuse: Fuse, *, embeddings: bool) -> None:
-        readout = Readout(self._attaching, self.backbone, fuse, embeddings=embeddings)
-        self._undo_kept.append(readout.remove)
-        self.reads_outputs()
+        self._readout = Readout(self._attaching, self.backbone, fuse, embeddings=embeddings)
+        self._undo_kept.append(self._readout.remove)
+
+    def _follow_kept(self) -> None:
+        """See to what the methods need that are a part of the model, from now on or from before."""
+        for kept in kept_methods(self.model).values():
+            self.reads_outputs()
+            save_what_is_kept(self.model)
+            if kept.readout is not None:
+                kept.readout.handle = self
+                self._undo.append(functools.partial(setattr, kept.readout, "handle", None))
 
     def transform_between(self, layer: int, transform: Transform) -> None:
         if not self.backbone.between:
@@ -275,6 +286,7 @@ class Handle:
             with whole_parameter(weight), torch.no_grad():
                 weight.copy_(function(weight))
         self._take_off()
+        self._undo_kept.clear()
 
     def remove(self) -> None:
         """Take everything off; the model is what it was, bit for bit. Calling it twice is harmless."""
@@ -474,7 +486,7 @@ class Handle:
         self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], example_keys: Tensor | None
     ) -> Any:
         """What the wrapped forward of a model in training does: `call`, the model's own, and the methods around it."""
-        if self._forwards == 0 and self._modules:
+        if self._forwards == 0:
             self._check_added_modules()
         step = self._begin(args, kwargs, example_keys)
         try:
@@ -587,11 +599,10 @@ class Handle:
                 "handle.parameter_groups(rate), or use dist_reg.Trainer, which also has the warm-up.",
                 ", ".join(dict.fromkeys(own_rates)),
             )
-        frozen = [
-            name
-            for module, (name, _) in self._modules.items()
-            if not all(parameter.requires_grad for parameter in module.parameters())
-        ]
+        owner: Any = inner_model(self.model)
+        modules = [(name, module) for module, (name, _) in self._modules.items()]
+        modules += [(name, getattr(owner, EXTRA + name)) for name in kept_methods(self.model)]
+        frozen = [name for name, module in modules if not any(p.requires_grad for p in module.parameters())]
         if frozen:
             logger.warning(
                 "%s added modules whose parameters have been frozen since, as PEFT does; call regularize after get_peft_model.",

@@ -440,7 +440,11 @@ def _embedding(
 def _head(owners: Sequence[nn.Module]) -> nn.Module | None:
     """The last registered module with weights beside the base, looked for from the base outwards."""
     for inner, owner in zip(owners[::-1], owners[-2::-1]):
-        beside = [_unwrap(child) for child in owner.children() if inner not in set(child.modules())]
+        beside = [
+            _unwrap(child)
+            for name, child in owner.named_children()
+            if not name.startswith(EXTRA) and inner not in set(child.modules())
+        ]
         heads = [
             child
             for child in beside

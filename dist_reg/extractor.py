@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dist_reg.model import keyed_generator
-from dist_reg.noise import token_spans
 from dist_reg.ops import layer_mix
 
 GRU_LAYERS = 2
@@ -35,14 +34,15 @@ class Packing(NamedTuple):
     """int64 [B], the examples, longest first."""
 
 
-def pack(spans: Tensor, tokens: int) -> Packing:
-    """The packing of examples whose real tokens are `spans` int [B, 2]; one without any counts its first token."""
-    first, end = spans.long().unbind(1)
-    lengths = (end - first).clamp(min=1)
+def pack(real: Tensor) -> Packing:
+    """The packing of examples whose real tokens are `real` bool [B, T]; at least one each."""
+    lengths = real.sum(1)
     order = lengths.argsort(descending=True, stable=True)
-    times = torch.arange(tokens, device=spans.device)[:, None]
-    there = times < lengths[order]
-    rows = (order * tokens + first[order] + times)[there]
+    tokens = real.shape[1]
+    # Every example's real positions first, in their order.
+    positions = (~real).byte().argsort(dim=1, stable=True)[order].T
+    there = torch.arange(tokens, device=real.device)[:, None] < lengths[order]
+    rows = (order * tokens + positions)[there]
     counts = there.sum(1).cpu()
     return Packing(rows, counts[counts > 0], order)
 
@@ -93,20 +93,22 @@ class HiddenExtractor(nn.Module):
         # A name that Transformers prints among the unexpected ones when its Auto classes load the weights.
         self.register_buffer("load_this_model_with_dist_reg_load", torch.ones(1, device="cpu"))
 
-    def forward(self, states: Sequence[Tensor], spans: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, states: Sequence[Tensor], real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(what the head reads [B, T, D], gates [L, B]) from L hidden states [B, T, D], of which the head reads the last today.
 
-        `spans` int [B, 2] are the real tokens, None for all of them.
+        `real` bool [B, T] says which tokens are, None for all of them; an example without any counts its first one.
         """
         last = states[-1]
         batch, tokens, channels = last.shape
-        if spans is None:
-            spans = token_spans(None, batch, tokens, last.device)
-        packing: Any = pack(spans, tokens) if self.gru is not None or self.fusion_gru is not None else None
+        if real is None:
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=last.device)
+        first = torch.arange(tokens, device=last.device) == 0
+        real = real | (first & ~real.any(1, keepdim=True))
+        packing: Any = pack(real) if self.gru is not None or self.fusion_gru is not None else None
         if self.gru is not None:
             logits = self._summarise(self.gru, states, packing) @ self.gate_weight + self.gate_bias
         else:
-            logits = torch.stack([self._attend(state, spans) for state in states]) + self.gate_bias
+            logits = torch.stack([self._attend(state, real) for state in states]) + self.gate_bias
         gates = logits.softmax(0) if self.normalisation == "softmax" else logits.relu()
         gates = gates.to(torch.promote_types(last.dtype, torch.float32))
         fused = self._fuse(last, layer_mix(states, gates))
@@ -128,18 +130,15 @@ class HiddenExtractor(nn.Module):
         by_example[packing.order] = torch.arange(batch, device=packing.order.device)
         return last.view(batch, layers, -1)[by_example].transpose(0, 1)
 
-    def _attend(self, state: Tensor, spans: Tensor) -> Tensor:
+    def _attend(self, state: Tensor, real: Tensor) -> Tensor:
         """w^T u_l [B] with u_l the mean of the real tokens, weighed by softmax(query . h / sqrt(D)).
 
         u_l itself is never made: what w finds in each token is averaged instead.
         """
         probes = torch.stack((self.query / math.sqrt(state.shape[2]), self.gate_weight))
         scores, found = F.linear(self._own_dtype(state), probes).float().unbind(-1)
-        first, end = spans[:, :1], torch.maximum(spans[:, 1:], spans[:, :1] + 1)
-        places = torch.arange(state.shape[1], device=state.device)
-        outside = (places < first) | (places >= end)
-        shares = scores.masked_fill(outside, -math.inf).softmax(1)
-        return (shares * found.masked_fill(outside, 0.0)).sum(1)
+        shares = scores.masked_fill(~real, -math.inf).softmax(1)
+        return (shares * found.masked_fill(~real, 0.0)).sum(1)
 
     def _fuse(self, last: Tensor, mixed: Tensor) -> Tensor:
         """ReLU(W [R ; A ; R + A ; R o A] + b), the four products taken as three: W1 R + W3 (R + A) = (W1 + W3) R + W3 A."""

@@ -112,7 +112,7 @@ def load_plain(source: str, **options: Any) -> transformers.PreTrainedModel:
     try:
         names = getattr(transformers.AutoConfig.from_pretrained(source, **options), "architectures", None)
         kind = getattr(transformers, names[0], None) if names else None
-        if kind is None:
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise UserError(
                 f"model: the configuration of {source} names no class of Transformers ({(names or ['none'])[0]}); load the model "
                 "yourself and hand it over as model=."

@@ -22,11 +22,11 @@ from dist_reg.backbone import Backbone, hidden_argument
 from dist_reg.errors import UserError
 from dist_reg.forward import inner_model, parameter_names
 from dist_reg.methods.base import Step
-from dist_reg.noise import token_spans
 from dist_reg.streams import refuse_reentrant
 
 Fuse = Callable[[Sequence[Tensor], Tensor | None, Step | None], Tensor]
-"""Maps (hidden states of the layers, spans, the training forward if one is under way) to what the head reads."""
+"""Maps (hidden states of the layers, bool [B, T] of the real tokens or None for all, the training forward if one is under
+way) to what the head reads."""
 
 
 @dataclass
@@ -34,7 +34,9 @@ class _Reading:
     """One forward of the base model."""
 
     batch: int
-    spans: Tensor | None
+    real: Tensor | None
+    backward: int
+    """The backward pass that it is a recomputation in, -1 for none."""
     states: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -46,8 +48,10 @@ class Readout:
 
     def __init__(self, owner: str, backbone: Backbone, fuse: Fuse, *, embeddings: bool) -> None:
         check_head(owner, backbone)
-        self.owner, self.fuse, self.model, self.base = owner, fuse, backbone.model, backbone.base
-        self._count = len(backbone.layers)
+        self.owner, self.fuse, self.base = owner, fuse, backbone.base
+        self.handle: Any = None
+        """Whose training forwards these are; `fuse` is given the one under way."""
+        self._count = len(backbone.layers) + embeddings
         self._names = parameter_names(self.base)
         self._readings: dict[int, _Reading] = {}  # by thread: a served model may run in several
         self._hooks: list[RemovableHandle] = []
@@ -59,6 +63,7 @@ class Readout:
         owner_path = backbone.layers_path.rpartition(".")[0]
         end: Any = backbone.final_norm or backbone.model.get_submodule(owner_path)
         self._hooks.append(end.register_forward_hook(self._leave))
+        self._hooks.append(self.base.register_forward_hook(self._let_go, always_call=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -73,16 +78,27 @@ class Readout:
             return
         if given.get("past_key_values") is not None and given["past_key_values"].get_seq_length():
             raise UserError(f"{self.owner} reads whole sequences; call the model without past_key_values.")
+        if getattr(module, "_is_replica", False):
+            raise UserError(
+                f"{self.owner} does not work in nn.DataParallel; start one process a GPU with torchrun."
+            )
         batch, length = tokens.shape[:2]
-        mask, spans = given.get("attention_mask"), None
-        if isinstance(mask, Tensor) and mask.shape == (batch, length):
-            spans = token_spans(mask, batch, length, tokens.device)
-        self._readings[threading.get_ident()] = _Reading(batch, spans)
+        mask, real = given.get("attention_mask"), None
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+                shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise UserError(
+                    f"{self.owner} needs an attention_mask [batch, tokens] = {[batch, length]}, from which it knows the real "
+                    f"tokens; it is {shape}."
+                )
+            real = mask != 0
+        backward = torch._C._current_graph_task_id()
+        self._readings[threading.get_ident()] = _Reading(batch, real, backward)
 
     def _read(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         reading = self._readings.get(threading.get_ident())
-        if reading is None or torch._C._current_graph_task_id() != -1:
-            return  # a recomputation during backward reads nothing new
+        if reading is None or reading.backward != torch._C._current_graph_task_id():
+            return  # a layer that is computed again during backward
         if layer.training:
             refuse_reentrant(layer, self.owner)
         reading.states[number] = hidden_argument(args, kwargs)[: reading.batch]
@@ -100,10 +116,17 @@ class Readout:
                 f"{self.owner}: the layers of {type(self.base).__name__} return hidden states of different shapes, which "
                 "cannot be mixed."
             )
-        states = [state for number, state in sorted(reading.states.items())]
-        handle = getattr(self.model, "_dist_reg_handle", None)
-        step = handle.step_under_way if handle is not None else None
-        return _replace(output, last, self.fuse([*states, last], reading.spans, step))
+        states = [*(state for _, state in sorted(reading.states.items())), last]
+        if len(states) != self._count:
+            raise UserError(
+                f"{self.owner} reads {self._count} layers and {len(states)} ran; a model that leaves layers out cannot be mixed."
+            )
+        step = self.handle.step_under_way if self.handle is not None else None
+        return _replace(output, last, self.fuse(states, reading.real, step))
+
+    def _let_go(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Whatever happened in between, keep nothing of a forward that is over."""
+        self._readings.pop(threading.get_ident(), None)
 
 
 def check_head(owner: str, backbone: Backbone) -> None:
@@ -120,7 +143,9 @@ def check_head(owner: str, backbone: Backbone) -> None:
             f"{owner}: {name} has no head that reads hidden states; load the model with one, for example by "
             "AutoModelForSequenceClassification."
         )
-    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    kinds = {kind.__name__ for kind in type(inner).__mro__}
+    generates = getattr(inner, "can_generate", bool)()
+    if generates or kinds & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise UserError(
             f"{owner}: {name} predicts the next token, which {owner} would show it: it reads a sequence as a whole; use a "
             "model for classification, tagging or question answering."

@@ -19,7 +19,8 @@ from dist_reg import checkpoint
 from dist_reg.attach import regularize
 from dist_reg.backbone import EXTRA
 from dist_reg.errors import UserError, reason
-from dist_reg.kept import kept_methods, write_description
+from dist_reg.forward import inner_model
+from dist_reg.kept import ADDED_FILE, added_tensors
 from dist_reg.methods.base import Method
 from dist_reg.noise import example_keys
 from dist_reg.optimizer import MULTIPLE, after_warm_up, split_groups, start_anew
@@ -27,8 +28,6 @@ from dist_reg.terms import NonFiniteTerm
 
 logger = logging.getLogger(__name__)
 
-ADDED_FILE = "dist_reg_modules.safetensors"
-"""In checkpoints of adapters, what methods added to the model."""
 ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
 SAMPLING_STRATEGIES = ("random", "sequential")
@@ -236,7 +235,7 @@ class Trainer(transformers.Trainer):
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
         held = {parameter for group in groups for parameter in group["params"]}
         for name, parameter in self.handle.model.named_parameters():
-            if groups and name.startswith(EXTRA) and parameter not in held:
+            if groups and EXTRA in name and parameter.requires_grad and parameter not in held:
                 raise UserError(
                     f"optimizers: the optimizer does not hold {name}, which a method added; let the trainer make it."
                 )
@@ -342,34 +341,36 @@ class Trainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir or str(self.args.output_dir))
-        own: Any = self.model
-        write_description(own, folder)
-        # PEFT saves its adapters alone. DeepSpeed's checkpoints hold everything, but an export must have what stays.
-        added = self._added_tensors(state_dict)
-        for_resume = self._partial is not None and not self.is_deepspeed_enabled
-        if added and (for_resume or kept_methods(own)):
-            save_file(added, folder / ADDED_FILE)
+        # PEFT saves its adapters alone; everything else is in the model's own weights, or DeepSpeed's.
+        if self._partial is not None and self._adapters_leave_modules_out():
+            save_file(
+                added_tensors(self.handle.model), Path(output_dir or str(self.args.output_dir)) / ADDED_FILE
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path, added = Path(resume_from_checkpoint) / ADDED_FILE, self._added_tensors()
-        if not added:
+        self._load_added(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint:
+            self._load_added(self.state.best_model_checkpoint)
+
+    def _load_added(self, folder: str) -> None:
+        """Load what a checkpoint of adapters keeps beside them."""
+        if not self._adapters_leave_modules_out():
             return
+        path = Path(folder) / ADDED_FILE
         if not path.is_file():
             raise UserError(
-                f"{resume_from_checkpoint} holds no {ADDED_FILE}, so a method's modules would begin anew; start another run."
+                f"{folder} holds no {ADDED_FILE}, so a method's modules would begin anew; start another run."
             )
-        own: Any = self.model
-        own.load_state_dict(load_file(path), strict=False)
+        inner_model(self.handle.model).load_state_dict(load_file(path), strict=False)
 
-    def _added_tensors(self, state_dict: Any = None) -> dict[str, torch.Tensor]:
-        """What methods added to a model whose own checkpoints leave it out, from its (gathered) state dict."""
-        model: Any = self.model
-        if not hasattr(model, "peft_config"):
-            return {}
-        whole = model.state_dict() if state_dict is None else state_dict
-        return {name: whole[name].contiguous() for name in whole if name.startswith(EXTRA)}
+    def _adapters_leave_modules_out(self) -> bool:
+        """Whether methods added something that neither the checkpoint's adapters nor DeepSpeed's files hold."""
+        own: Any = self.handle.model
+        return hasattr(own, "peft_config") and not self.is_deepspeed_enabled and bool(added_tensors(own))
 
     def _best_path(self, root: Path, before: str | None) -> str | None:
         best = root / f"checkpoint-{self.state.best_global_step}"

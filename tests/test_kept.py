@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import dist_reg
-from dist_reg import HIRE, HyPe, Trainer, UserError, regularize
+from dist_reg import HIRE, MVCR, HyPe, Trainer, UserError, regularize
 from dist_reg.config import ModelConfig
-from dist_reg.kept import FILE, kept_methods
+from dist_reg.kept import ADDED_FILE, FILE, kept_methods
 from dist_reg.model import load_model
-from dist_reg.trainer import ADDED_FILE
-from tests.methods.test_hire import stirred
+from tests.methods.test_hire import CHEAP, stirred
 from tests.models import batch, build
 from tests.test_trainer import arguments, rows
 from tests.tiny import tokenizer
@@ -115,6 +117,8 @@ def test_weights_in_half_precision(exported):
     (folder / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
     model = dist_reg.load(folder)
     assert model.dist_reg_hire.fusion_weight.dtype == torch.bfloat16
+    trained, _ = load_model(ModelConfig(name=str(folder)), "AutoModelForSequenceClassification", seed=0)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(model).float(), expected, rtol=0.1, atol=0.1)
 
 
@@ -128,7 +132,7 @@ def test_beside_adapters(tmp_path):
     peft, model = adapted()
     fields = {"save_strategy": "steps", "save_steps": 1}
     trainer = Trainer(model, arguments(tmp_path / "run", **fields), methods=[METHOD], train_dataset=rows())
-    stirred(model.dist_reg_hire)
+    stirred(model.get_base_model().dist_reg_hire)
     trainer.train()
     trainer.handle.bake()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -140,6 +144,92 @@ def test_beside_adapters(tmp_path):
         UserError, match="holds adapters; load them with PEFT and hand the model over as model="
     ):
         dist_reg.load(tmp_path / "adapter")
+
+
+def test_beside_adapters_the_best_checkpoint_is_whole(tmp_path):
+    _, model = adapted()
+    fields = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 3,
+    }
+    fields |= {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, learning_rate=0.1, **fields),
+        methods=[CHEAP],
+        train_dataset=rows(),
+        eval_dataset=rows(),
+    )
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / ADDED_FILE)
+    own = model.get_base_model().state_dict()
+    assert all(torch.equal(own[name], value) for name, value in best.items())
+    last = load_file(tmp_path / "checkpoint-3" / ADDED_FILE)
+    other = "checkpoint-3" not in trainer.state.best_model_checkpoint
+    assert other == any(not torch.equal(last[name], value) for name, value in best.items())
+    assert other
+
+
+def test_whoever_saves_the_model_saves_what_is_needed(tmp_path):
+    """Not only our own trainer: save_pretrained of the model, of one loaded, of a merged one, and Transformers' trainer."""
+    model = build("bert", dropout=0.0)
+    regularize(model, [METHOD], seed=1).bake()
+    stirred(model.dist_reg_hire)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "one")
+    again = dist_reg.load(tmp_path / "one")
+    assert torch.equal(logits(again), expected)
+    copy.deepcopy(again).save_pretrained(tmp_path / "two", max_shard_size="20KB")
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(dist_reg.load(tmp_path / "two")), expected)
+    theirs = transformers.Trainer(
+        again, arguments(tmp_path / "run", save_strategy="steps", save_steps=2), train_dataset=rows(ids=False)
+    )
+    theirs.train()
+    assert torch.equal(logits(dist_reg.load(tmp_path / "run" / "checkpoint-2")), logits(again.eval()))
+
+    peft, wrapped = adapted()
+    regularize(wrapped, [CHEAP], seed=1).bake()
+    expected = logits(wrapped.eval())
+    wrapped.save_pretrained(tmp_path / "three")
+    fresh = peft.PeftModel.from_pretrained(build("bert", dropout=0.0), tmp_path / "three")
+    assert torch.equal(logits(dist_reg.load(tmp_path / "three", model=fresh)), expected)
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "four")
+    torch.testing.assert_close(logits(dist_reg.load(tmp_path / "four")), expected)
+
+
+def test_a_model_that_has_it_can_be_pickled(tmp_path):
+    model = build("bert", dropout=0.0)
+    regularize(model, [METHOD], seed=1).bake()
+    expected = logits(model.eval())
+    torch.save(model, tmp_path / "model.pt")
+    found = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(found), expected)
+    assert kept_methods(found)["hire"].method == METHOD
+
+
+def test_removing_it_leaves_save_pretrained_as_it_was(tmp_path):
+    model = build("bert")
+    regularize(model, [METHOD]).remove()
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    assert "save_pretrained" not in vars(model)
+
+
+def test_a_checkpoint_with_methods_that_do_not_stay_is_the_plain_model(tmp_path):
+    method = MVCR(warmup_epochs=0)
+    fields = {"save_strategy": "steps", "save_steps": 2}
+    model = build("bert")
+    Trainer(model, arguments(tmp_path, **fields), methods=[method], train_dataset=rows()).train()
+    found = dist_reg.load(tmp_path / "checkpoint-2")
+    assert torch.equal(logits(found), logits(model.eval()))
 
 
 def change(folder, function):
@@ -155,6 +245,11 @@ def only_plain_weights(folder):
     save_file(own, path, {"format": "pt"})
 
 
+def spoil(folder, key):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {key: torch.ones(1)}, path, {"format": "pt"})
+
+
 def without(folder, key):
     path = folder / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if name != key}, path, {"format": "pt"})
@@ -167,6 +262,32 @@ BROKEN = [
     ),
     (lambda folder: (folder / FILE).write_text("{"), r"dist_reg.json is damaged"),
     (lambda folder: (folder / FILE).write_text("[]"), r"dist_reg.json is damaged"),
+    (lambda folder: (folder / FILE).write_text("[" * 9999), r"dist_reg.json is damaged"),
+    (lambda folder: change(folder, lambda text: text.update(methods=[])), r"damaged \(it lists no method\)"),
+    (
+        lambda folder: change(folder, lambda text: text.update(methods=[{}])),
+        r"damaged \(it lists no method\)",
+    ),
+    (
+        lambda folder: change(folder, lambda text: text.update(methods=[{"hype": {}}])),
+        r"damaged \(hype does not stay in a model\)",
+    ),
+    (
+        lambda folder: change(folder, lambda text: text["backbone"].update(layers_path=["a"])),
+        r"damaged \(layers_path is no text\)",
+    ),
+    (
+        lambda folder: change(folder, lambda text: text.update(methods=text["methods"] * 2)),
+        r"dist_reg.json: methods: 'hire' is listed twice",
+    ),
+    (
+        lambda folder: change(folder, lambda text: text["methods"][0]["hire"].update(combine="no")),
+        r"dist_reg.json: methods.hire: combine",
+    ),
+    (
+        lambda folder: spoil(folder, "dist_reg_hire.another"),
+        r"of dist_reg_hire.another the weights hold \[1\], .*nothing",
+    ),
     (
         lambda folder: change(folder, lambda text: text["backbone"].update(layers=12, hidden_size=768)),
         r"was trained as BertForSequenceClassification with 12 layers of 768 channels; the model is "
@@ -180,7 +301,7 @@ BROKEN = [
     ),
     (
         lambda folder: change(folder, lambda text: text.update(methods=[{"lowrank": {}}])),
-        r"was written by dist-reg .*unknown method 'lowrank'",
+        r"dist_reg.json: methods: unknown method 'lowrank'",
     ),
     (
         lambda folder: change(folder, lambda text: text["methods"][0]["hire"].update(extractor="attention")),
@@ -237,11 +358,12 @@ def test_a_folder_that_is_not_there():
         dist_reg.load("./nowhere/model")
 
 
-def test_weights_of_a_class_that_transformers_does_not_have(exported):
+@pytest.mark.parametrize("kind", ["OurBert", "Trainer", "pipeline", "BertConfig", "logging"])
+def test_weights_of_a_class_that_transformers_does_not_have(exported, kind):
     folder, _ = exported
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"architectures": ["OurBert"]}))
-    with pytest.raises(UserError, match=r"names no class of Transformers \(OurBert\)"):
+    (folder / "config.json").write_text(json.dumps(settings | {"architectures": [kind]}))
+    with pytest.raises(UserError, match=rf"names no class of Transformers \({kind}\)"):
         dist_reg.load(folder)
 
 

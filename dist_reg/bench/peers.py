@@ -215,7 +215,7 @@ class StackedHIRE(nn.Module):
         self._mask: Any = None
         Readout("hire", backbone, self._fuse, embeddings=method.include_embeddings)
 
-    def _fuse(self, states: Any, spans: Any, step: Any) -> Tensor:
+    def _fuse(self, states: Any, real: Any, step: Any) -> Tensor:
         stacked = torch.stack(list(states))
         number, batch, tokens, width = stacked.shape
         lengths = self._mask.sum(1).cpu()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from dist_reg.errors import UserError, nearest
 
@@ -109,14 +109,15 @@ class Host(Protocol):
     seed: int
     """Of the run."""
 
-    def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> None:
+    def add_module(self, name: str, module: nn.Module, *, learning_rate_multiple: float) -> Callable[[], Any]:
         """Make `module` a part of the model while attached, trained at so many times the run's learning rate.
 
         It is then sharded, clipped and checkpointed with the model. An exported model has it where the method is `kept`.
+        Returns what finds it in the model, or the copy that a copied model has of it.
         """
 
     def replace_readout(self, fuse: Fuse, *, embeddings: bool) -> None:
-        """Let the head read `fuse(hidden states, spans, step)` in place of the last hidden states, in training and in eval.
+        """Let the head read `fuse(hidden states, real tokens, step)` in place of the last hidden states, in training and in eval.
 
         The hidden states are those of every layer, and of the embeddings where asked for, the last ones at the end; they are
         given without other methods' noise. Raises UserError for a model without a head that reads them.

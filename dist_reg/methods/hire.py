@@ -9,7 +9,7 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -80,9 +80,9 @@ class HIRE(Method):
             fusion_rnn=self.fusion_rnn,
             seed=host.seed,
         )
-        fuse = Fusing(module, first=0 if self.include_embeddings else 1)
+        own = host.add_module(self.name, module, learning_rate_multiple=1.0)
+        fuse = Fusing(own, first=0 if self.include_embeddings else 1)
         host.replace_readout(fuse, embeddings=self.include_embeddings)
-        host.add_module(self.name, module, learning_rate_multiple=1.0)
 
     def ideal_cost(self, layers: int, hidden_size: int) -> float:
         """By multiplications a token: a layer has 12 D^2, the fusion 3 D^2, a GRU of two layers 6 (D + H) H and 18 H^2."""
@@ -95,14 +95,15 @@ class HIRE(Method):
 
 @dataclass(eq=False)
 class Fusing:
-    """What HIRE does before the head. A copied model's copy follows its own copy of the module."""
+    """What HIRE does before the head."""
 
-    module: HiddenExtractor
+    module: Callable[[], HiddenExtractor]
+    """Where it is in the model: a copy of the model, or PEFT, may have put another in its place."""
     first: int
     """The number of the first hidden states it is given."""
 
-    def __call__(self, states: Sequence[Tensor], spans: Tensor | None, step: Step | None) -> Any:
-        fused, gates = self.module(states, spans)
+    def __call__(self, states: Sequence[Tensor], real: Tensor | None, step: Step | None) -> Any:
+        fused, gates = self.module()(states, real)
         if step is not None and step.measure:
             for number, gate in enumerate(gates.detach().mean(1), start=self.first):
                 step.values[f"{HIRE.name}/gate_{number}", number] = gate

@@ -23,6 +23,7 @@ from dist_reg import LNSR, MVCR, HyPe, RDrop, UserError, example_keys, regulariz
 from dist_reg.autoencoders import ViewDraw
 from dist_reg.backbone import feed_forward_output, find_backbone
 from dist_reg.config import build_method
+from dist_reg.forward import inner_model
 from dist_reg.methods.base import Step
 from dist_reg.methods.mvcr import SITE_DROPOUT, SITE_METHOD, SITE_NOISE, SITE_VIEW
 from dist_reg.noise import mix64, site_id, step_keys, token_keys
@@ -134,7 +135,7 @@ def by_hand(model, method, modules, inputs):
 
 
 def modules_of(model):
-    named = dict(model.named_children())
+    named = dict(inner_model(model).named_children())
     return {
         int(name.rpartition("_")[2]): module
         for name, module in named.items()
@@ -413,6 +414,7 @@ def test_adapters_train_beside_it():
     with regularize(model, [MVCR(site="ffn")], seed=SEED) as handle:
         model(**batch("bert"), example_keys=KEYS).loss.backward()
         assert handle.metrics()["mvcr"] > 0
+        assert len(modules_of(model)) == 2
         assert all(p.grad is not None for m in modules_of(model).values() for p in m.parameters())
     assert set(model.state_dict()) == names
 
