@@ -67,7 +67,7 @@ class RunConfig:
 
     model: ModelConfig
     task: str | None = None
-    """A task's name (`demo`, a GLUE task, `classification`, `regression`)."""
+    """A task's name (`demo`, a GLUE task, `wnut17`; `classification`, `regression`, `ner`, `pos` on files of your own)."""
     data: DataConfig = field(default_factory=DataConfig)
     methods: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     """Methods in the order they act, each `name: {option: value}`; a bare name takes the defaults."""

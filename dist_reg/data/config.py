@@ -54,26 +54,26 @@ class DataConfig:
         UserError: a sample or length that is not positive, or contradicting sources.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
     data_dir: str | None = None
     """The folder with the task's files; for GLUE the one that holds `SST-2/` and the like. Relative paths of
     `train`, `dev` and evaluation files start here (else in the working directory)."""
     hub: str | None = None
-    """For `classification` and `regression`: a data set of the Hugging Face hub instead of local files;
+    """For tasks on files of your own: a data set of the Hugging Face hub instead of local files;
     `train` and `dev` then name its splits (default `train` and `validation`)."""
     hub_config: str | None = None
     """The configuration (subset) of the hub data set."""
     train: str | None = None
-    """Path of the training file, csv, tsv, jsonl or parquet; a GLUE task knows its own."""
+    """Path of the training file, csv, tsv, jsonl or parquet, for `ner` and `pos` also CoNLL; a GLUE task knows its own."""
     dev: str | None = None
     """Path of the development file."""
     text: str | None = None
-    """Column with the sentence, or the first of a pair; `text` if not given."""
+    """Column with the sentence, or the first of a pair; `text` if not given. With `ner` and `pos` its tokens; `tokens` if not."""
     text_pair: str | None = None
     """Column with the second sentence of a pair."""
     label: str | None = None
-    """Column with the label; `label` if not given."""
+    """Column with the label; `label` if not given. With `ner` and `pos` the tags; of a CoNLL file the column's number."""
     quoting: bool | None = None
     """Whether fields of a csv or tsv file may stand in double quotes; csv yes, tsv no (as GLUE has
     it) if not given."""
