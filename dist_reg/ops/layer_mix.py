@@ -17,8 +17,7 @@ def layer_mix(states: Sequence[Tensor], gates: Tensor) -> Tensor:
     """sum_l gates[l, b] * states[l][b], without a stack of the states.
 
     `states` are L tensors [B, T, D] of one shape, dtype (fp32, bf16, fp16 or fp64) and device, any strides; `gates` [L, B]
-    is fp32, or float64 where the states are. Returns [B, T, D] in the dtype of the states. Differentiable in both; a state
-    whose gate is 0 is not read.
+    is fp32, or float64 where the states are. Returns [B, T, D] in the dtype of the states. Differentiable in both.
 
     Raises ValueError, naming the argument, for a wrong shape, dtype or device.
     """

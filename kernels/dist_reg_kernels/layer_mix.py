@@ -4,7 +4,7 @@
 
 `states` are L separate tensors [B, T, D] of one dtype, read where they lie: no stack [L, B, T, D] is written. gates is
 [L, B] in fp32 (float64 for float64 states). The sum is taken in fp32 registers. One pass reads L * N elements, N = B * T *
-D, and writes N; a state whose gate is 0, as a closed ReLU leaves it, is not read.
+D, and writes N; on a GPU a state whose gate is 0, as a closed ReLU leaves it, is not read.
 
 Backward, with the gradient g [B, T, D] of `mixed`, in one pass that reads (L + 1) N and writes L * N:
 
