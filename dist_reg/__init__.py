@@ -18,6 +18,7 @@ _HOMES = {
     "HyPe": "dist_reg.methods.hype",
     "LNSR": "dist_reg.methods.lnsr",
     "MVCR": "dist_reg.methods.mvcr",
+    "NEFTune": "dist_reg.methods.neftune",
     "R3F": "dist_reg.methods.r3f",
     "RDrop": "dist_reg.methods.rdrop",
     "Method": "dist_reg.methods.base",
@@ -35,6 +36,7 @@ __all__ = [
     "Handle",
     "HyPe",
     "Method",
+    "NEFTune",
     "RDrop",
     "Trainer",
     "UserError",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from dist_reg.methods.hype import HyPe
     from dist_reg.methods.lnsr import LNSR
     from dist_reg.methods.mvcr import MVCR
+    from dist_reg.methods.neftune import NEFTune
     from dist_reg.methods.r3f import R3F
     from dist_reg.methods.rdrop import RDrop
     from dist_reg.noise import example_keys

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from dist_reg.backbone import (
     find_backbone,
@@ -192,6 +193,22 @@ class _Autoencoder(nn.Module):
         return self.decoder(code)
 
 
+class TransformersNEFTune(nn.Module):
+    """NEFTune as Transformers' Trainer has it: one length for all, padding included, and torch's own uniform numbers."""
+
+    def __init__(self, model: nn.Module, method: Any) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.config: Any = model.config
+        whole: Any = model
+        table = whole.get_input_embeddings()
+        table.neftune_noise_alpha = method.alpha
+        table.register_forward_hook(neftune_post_forward_hook)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
 class StackedHIRE(nn.Module):
     """HIRE with a stack of all hidden states, PyTorch's packed GRU over padded inputs, and the four parts side by side."""
 
@@ -249,6 +266,7 @@ PEERS: dict[str, Callable[[nn.Module, Method], nn.Module]] = {
     "hype": RandomNoiseHyPe,
     "lnsr": TwoPassLNSR,
     "mvcr": PositionLoopMVCR,
+    "neftune": TransformersNEFTune,
     "rdrop": TwoPassRDrop,
     "r3f": TwoPassR3F,
 }

@@ -42,7 +42,7 @@ def test_memory_is_that_of_a_process_of_its_own(folder, tmp_path):
 
 
 def test_every_variant_has_its_ratios_and_ideal(folder, tmp_path):
-    methods = "hype, lnsr, lnsr: {layer: 1}, rdrop, r3f, mvcr: {reconstruct: sampled}, hire"
+    methods = "hype, lnsr, lnsr: {layer: 1}, rdrop, r3f, mvcr: {reconstruct: sampled}, hire, neftune"
     done = run("--model", folder, "--methods", methods, *SIZES, "--peers", "--out", tmp_path)
     assert done.exit_code == 0
     record = json.loads((tmp_path / "step.json").read_text())
@@ -65,6 +65,8 @@ def test_every_variant_has_its_ratios_and_ideal(folder, tmp_path):
         "mvcr {'reconstruct': 'sampled'}, straightforward",
         "hire",
         "hire, straightforward",
+        "neftune",
+        "neftune, straightforward",
     ]
     assert rows["plain"]["ratio_ideal"] == 1.0
     assert rows["lnsr"]["ideal"] == 2.0

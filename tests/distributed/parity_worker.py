@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
-from dist_reg import HIRE, LNSR, MVCR, R3F, HyPe, RDrop, Trainer, layer_noise
+from dist_reg import HIRE, LNSR, MVCR, R3F, HyPe, NEFTune, RDrop, Trainer, layer_noise
 from dist_reg.config import ModelConfig, RunConfig
 from dist_reg.model import load_model
 from dist_reg.runtime import is_main, leave, prepare_process, world_size
@@ -36,6 +36,7 @@ METHODS = {
         MVCR(per="position", site="ffn", reconstruct="sampled", warmup_epochs=1, learning_rate_multiple=3.0),
         LNSR(sigma=0.1, layer=1),
     ],
+    "neftune, lnsr": [NEFTune(alpha=1.0), LNSR(sigma=0.1, layer=1)],
     "hire": [HIRE()],
     "hype, lnsr, hire": [
         HyPe(sigma=0.05),
