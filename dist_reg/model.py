@@ -80,6 +80,12 @@ def load_model(
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **shared)
         if single_words and getattr(tokenizer, "add_prefix_space", True) is False:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, add_prefix_space=True, **shared)
+        if single_words and _glues_words(tokenizer):
+            logger.warning(
+                "the tokenizer %s puts no space before single words, so they get other pieces than in a text; RoBERTa's and "
+                "GPT-2's can be told to.",
+                type(tokenizer).__name__,
+            )
         pad_with_end(tokenizer, settings)
         with _quiet():
             model, info = getattr(transformers, model_class).from_pretrained(
@@ -144,6 +150,16 @@ def _cannot_load(config: ModelConfig, source: str, error: Exception) -> str:
 
 def _wants_code(settings: Path) -> bool:
     return settings.is_file() and '"auto_map"' in settings.read_text(encoding="utf-8", errors="replace")
+
+
+def _glues_words(tokenizer: Any) -> bool:
+    """Whether a byte-level tokenizer that is given words one by one gives the second no space."""
+    if not tokenizer.is_fast or not any(piece.startswith("\u0120") for piece in tokenizer.get_vocab()):
+        return False
+    pieces = tokenizer.convert_ids_to_tokens(
+        tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    )
+    return not any(piece.startswith("\u0120") for piece in pieces[1:])
 
 
 def pad_with_end(

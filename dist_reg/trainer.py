@@ -269,6 +269,9 @@ class Trainer(transformers.Trainer):
             raise NonFiniteTerm(error.name, error.layer, examples, "examples with the ids") from None
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        getattr(
+            self, "_eval_dataloaders", {}
+        ).clear()  # Transformers keeps one for every set, whichever it was
         own: Any = self.eval_dataset
         named = isinstance(eval_dataset, str)
         self.evaluated_rows = own[eval_dataset] if named else own if eval_dataset is None else eval_dataset

@@ -62,6 +62,7 @@ REFUSED = {
     "auto_find_batch_size": "it would change batch_size and with it the run",
     "batch_eval_metrics": "metrics are those of a whole evaluation set",
     "fsdp": "weights are sharded by DeepSpeed here; deepspeed: zero3 does what it does",
+    "neftune_noise_alpha": "methods: neftune does it, by every example's own length",
     "prediction_loss_only": "the metrics of the task need predictions",
     "save_only_model": "it would leave a killed run nothing to resume from; the exported model holds weights alone",
 }
@@ -198,6 +199,10 @@ def _check_values(train: dict[str, Any]) -> None:
             train[name] = pydantic.TypeAdapter(hints[name]).validate_python(value)
         except pydantic.ValidationError as error:
             raise UserError(f"train.{name}: {error.errors()[0]['msg'].lower()}; it is {value!r}.") from None
+    if not train.get("eval_do_concat_batches", True):
+        raise UserError(
+            "train.eval_do_concat_batches cannot be false: metrics are those of a whole evaluation set."
+        )
     strategy = train.get("train_sampling_strategy", "random")
     if strategy not in SAMPLING_STRATEGIES:
         raise UserError(

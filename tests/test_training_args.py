@@ -26,6 +26,7 @@ from dist_reg.training_args import (
     _batch_fields,
     _check_names,
     activation_checkpointing_field,
+    check_settings,
     field_names,
     training_arguments,
 )
@@ -384,3 +385,16 @@ def test_a_deepspeed_file_that_disagrees_with_the_run_is_refused(tmp_path, confi
     with pytest.raises(UserError) as error:
         training_arguments(ds_run(tmp_path, config), tmp_path, main_metric="loss", greater_is_better=False)
     assert text in sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("neftune_noise_alpha", 5, "methods: neftune does it"),
+        ("eval_do_concat_batches", False, "metrics are those of a whole evaluation set"),
+    ],
+)
+def test_settings_that_would_act_twice_or_split_the_evaluation(name, value, reason):
+    run = RunConfig(model=ModelConfig(name="minilm"), train={"output_dir": "out", name: value})
+    with pytest.raises(UserError, match=f"train.{name} cannot be.*{reason}"):
+        check_settings(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dist_reg.data.files import check_file, read_text
@@ -9,6 +10,7 @@ from dist_reg.data.table import Table
 from dist_reg.errors import UserError
 
 DOCUMENT = "-DOCSTART-"
+_BLANKS = re.compile(" +")  # a token may hold a blank of another kind
 
 
 def read_conll(path: str | Path, column: int | None = None) -> Table:
@@ -34,12 +36,16 @@ def read_conll(path: str | Path, column: int | None = None) -> Table:
     columns = 0
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.rstrip("\r")
-        if line.startswith(DOCUMENT) or (separator and line.startswith("#") and separator not in line):
+        if separator and line.startswith("#") and separator not in line:
             continue
-        if not line.strip():
+        if not line.strip() or line.startswith(DOCUMENT):
             tokens, tags = [], []
             continue
-        fields = [field.strip() for field in line.split(separator)]
+        fields = (
+            [field.strip() for field in line.split(separator)]
+            if separator
+            else _BLANKS.split(line.strip(" "))
+        )
         if not fields[0]:
             raise UserError(f"{path}, line {number}: the token (the first column) is empty")
         columns = columns or len(fields)

@@ -35,5 +35,8 @@ def read_hub(name: str, config: str | None, split: str, *, instead: str) -> Tabl
             columns[column] = [None if i is None or i < 0 else feature.int2str(i) for i in columns[column]]
         inner = getattr(feature, "feature", None)
         if isinstance(inner, ClassLabel):
-            columns[column] = [[inner.int2str(i) for i in ids] for ids in columns[column]]
+            columns[column] = [
+                None if ids is None else [None if i is None or i < 0 else inner.int2str(i) for i in ids]
+                for ids in columns[column]
+            ]
     return Table(source=f"{label}, split {split}", columns=columns, lines=range(1, len(data) + 1))

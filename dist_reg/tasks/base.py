@@ -81,6 +81,10 @@ class Task(ABC):
         """The task's metrics from what `reduce` kept of `rows` (tokenized); see `dist_reg.tasks.metrics.compute`."""
         return compute(self.metrics, predictions, labels)
 
+    def trainable(self, encoded: Dataset) -> Dataset:
+        """The rows of the tokenized training set that a model can learn from; all of them, in most tasks."""
+        return encoded
+
     def count(self, name: str, encoded: Dataset) -> dict[str, int]:
         """How many rows the tokenized set `name` has, and what of them did not fit."""
         return {"rows": len(encoded)}
@@ -100,7 +104,9 @@ class Task(ABC):
             for name, rows in {"train": self.train, **self.evaluation_sets}.items()
         }
         counts = {name: self.count(name, encoded) for name, encoded in sets.items()}
-        return replace(self, train=sets.pop("train"), dev=sets.pop("dev"), eval_sets=sets, counts=counts)
+        train = self.trainable(sets.pop("train"))
+        counts["train"]["rows_left_out"] = counts["train"]["rows"] - len(train)
+        return replace(self, train=train, dev=sets.pop("dev"), eval_sets=sets, counts=counts)
 
 
 _ROWS_AT_ONCE = 10_000

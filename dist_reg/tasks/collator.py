@@ -48,9 +48,9 @@ class Collator:
                 "the batch has no column 'example_id', which keys the noise; "
                 "set remove_unused_columns to false"
             )
-        extra = ("example_id", "label")
+        inputs = self.tokenizer.model_input_names
         pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
-        batch = dict(pad([{k: v for k, v in row.items() if k not in extra} for row in features]))
+        batch = dict(pad([{k: v for k, v in row.items() if k in inputs} for row in features]))
         if "label" in features[0]:
             labels = [row["label"] for row in features]
             if isinstance(labels[0], list):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import ast
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_reg.data.config import DataConfig
+from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.conll import read_conll
 from dist_reg.data.files import FORMATS, read_table
 from dist_reg.data.hub import read_hub
@@ -32,13 +32,13 @@ def own_tagging(kind: str, config: DataConfig) -> Task:
         if config.hub is not None:
             instead = "give local files under data.train and data.dev"
             table = read_hub(config.hub, config.hub_config, value or hub_split, instead=instead)
-            tables[split] = _sentences(table, config.text, config.label)
+            tables[split] = _sentences(table, config.text, config.label, kind)
         elif value is None:
             raise UserError(
                 f"task {kind} needs data.{split}, the path of a CoNLL, csv, tsv, jsonl or parquet file"
             )
         else:
-            tables[split] = read_sentences(value, config.data_dir, config)
+            tables[split] = read_sentences(value, config.data_dir, config, kind)
     return _build(kind, kind, tables, config)
 
 
@@ -52,7 +52,7 @@ def wnut17(config: DataConfig) -> Task:
     if config.data_dir is None:
         raise UserError(f"task wnut17 needs data.data_dir, the folder that holds {WNUT17['train']}")
     files = {**WNUT17, **{split: given for split in ("train", "dev") if (given := getattr(config, split))}}
-    tables = {split: read_sentences(file, config.data_dir, config) for split, file in files.items()}
+    tables = {split: read_sentences(file, config.data_dir, config, "ner") for split, file in files.items()}
     return _build("wnut17", "ner", tables, config)
 
 
@@ -64,14 +64,16 @@ TAGGING: dict[str, Callable[[DataConfig], Task]] = {
 """Every task of token classification by name, with what loads it."""
 
 
-def read_sentences(file: str, data_dir: str | None, columns: Any) -> Table:
+def read_sentences(file: str, data_dir: str | None, columns: Any, kind: str) -> Table:
     """The sentences of a file: `tokens` and `tags`. `columns` says `text`, `label` and `quoting`, as `DataConfig` does.
 
     Any extension but csv, tsv, jsonl and parquet is CoNLL, whose tags are in the column of number `label`.
     """
     path = Path(data_dir or "").expanduser() / Path(file).expanduser()
     if path.suffix.lower() in FORMATS:
-        return _sentences(read_table(path, quoting=columns.quoting), columns.text, columns.label)
+        return _sentences(read_table(path, quoting=columns.quoting), columns.text, columns.label, kind)
+    if path.suffix.lower() in UNREADABLE:
+        raise UserError(f"{path} is no CoNLL file of tokens and tags: {UNREADABLE[path.suffix.lower()]}")
     if columns.text is not None:
         raise UserError(f"data.text has no use with {path}: the tokens are the first column of a CoNLL file")
     if columns.label is not None and not columns.label.isdecimal():
@@ -81,10 +83,31 @@ def read_sentences(file: str, data_dir: str | None, columns: Any) -> Table:
     return read_conll(path, None if columns.label is None else int(columns.label))
 
 
-def _sentences(table: Table, tokens: str | None, tags: str | None) -> Table:
+UNREADABLE = {
+    ".conllu": "CoNLL-U numbers its words and joins some of them; write a token and its tag a line.",
+    ".json": "write a JSON object a line and call it .jsonl.",
+}
+
+
+def _columns_of(eval_set: EvalSet, config: DataConfig) -> Any:
+    """What an evaluation set leaves out is as in training, where both are CoNLL files or both tables."""
+    alike = _is_table(eval_set.file) == (config.hub is not None or _is_table(config.train))
+    return replace(
+        eval_set,
+        text=eval_set.text or (config.text if alike else None),
+        label=eval_set.label or (config.label if alike else None),
+        quoting=config.quoting if eval_set.quoting is None else eval_set.quoting,
+    )
+
+
+def _is_table(file: str | None) -> bool:
+    return file is not None and Path(file).suffix.lower() in FORMATS
+
+
+def _sentences(table: Table, tokens: str | None, tags: str | None, kind: str) -> Table:
     """The columns `tokens` and `tags` of a table, under the names they have there."""
     if tags is None:
-        tags = next((name for name in ("tags", "ner_tags", "pos_tags") if name in table.columns), "tags")
+        tags = next((name for name in ("tags", f"{kind}_tags") if name in table.columns), "tags")
     own = {"tokens": table.column(tokens or "tokens"), "tags": table.column(tags)}
     return replace(
         table,
@@ -96,17 +119,18 @@ def _sentences(table: Table, tokens: str | None, tags: str | None) -> Table:
 
 
 def _as_list(table: Table, row: int, name: str, cell: Any) -> list[Any]:
-    """A list as it is; a text, as csv has it, is a JSON list or words with spaces between them."""
+    """A list as it is; a text, as csv has it, is a list as JSON or Python writes it, or words with spaces between them."""
     if isinstance(cell, str):
-        if not cell.lstrip().startswith("["):
+        if not (cell.strip().startswith("[") and cell.strip().endswith("]")):
             return cell.split()
         try:
-            cell = json.loads(cell)
-        except ValueError:
-            return cell.split()  # a sentence may begin with a bracket
+            cell = ast.literal_eval(cell.strip())  # JSON's lists of texts are Python's too
+        except (ValueError, SyntaxError):
+            return cell.split()  # a sentence may stand in brackets
     if not isinstance(cell, list):
         raise UserError(f"{table.where(row)}: the {name} are {cell!r}, which is no list")
-    return [str(item) if name == "tags" else item for item in cell]
+    number = name == "tags"
+    return [str(item) if number and type(item) is int and item >= 0 else item for item in cell]
 
 
 def _build(name: str, kind: str, tables: dict[str, Table], config: DataConfig) -> Task:
@@ -120,7 +144,8 @@ def _build(name: str, kind: str, tables: dict[str, Table], config: DataConfig) -
             raise UserError(
                 f"data.eval.{set_name}.text_pair has no use with task {name}: a sentence has no pair"
             )
-        tables[set_name] = read_sentences(eval_set.file, eval_set.data_dir or config.data_dir, eval_set)
+        folder = eval_set.data_dir or config.data_dir
+        tables[set_name] = read_sentences(eval_set.file, folder, _columns_of(eval_set, config), kind)
     if config.text_pair is not None:
         raise UserError(f"data.text_pair has no use with task {name}: a sentence has no pair")
     for table in tables.values():

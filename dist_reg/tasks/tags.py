@@ -50,6 +50,10 @@ def check_sentences(table: Table, *, entities: bool) -> None:
         for place, word in enumerate(words):
             if not isinstance(word, str) or not word.strip():
                 raise UserError(f"{table.where(row)}: token {place + 1} is {word!r}, no text")
+            if not isinstance(own[place], str) or not own[place].strip():
+                raise UserError(
+                    f"{table.where(row)}, token {place + 1} ({word!r}): its tag is {own[place]!r}, no text"
+                )
         if entities:
             _check_entities(table, row, words, own)
 
@@ -59,6 +63,8 @@ def _check_entities(table: Table, row: int, words: Sequence[str], tags: Sequence
     for place, tag in enumerate(tags):
         # A line of a CoNLL file is a token, so the sentence's line leads to it.
         where = f"{table.where(row)}, token {place + 1} ({words[place]!r})"
+        if tag.isdecimal():
+            raise UserError(f"{where}: the tag is the number {tag}; task ner needs names such as B-person")
         if tag != OUTSIDE and not _ENTITY.fullmatch(tag):
             raise UserError(
                 f"{where}: {tag!r} is no tag of the BIO scheme (O, B-TYPE, I-TYPE); for other tags use task pos"
@@ -97,6 +103,9 @@ def tag_ids(
                     f"{', '.join(names)}); correct it, or map it with an evaluation set's label_map"
                 )
         found.append([ids[renamed.get(tag, tag)] for tag in tags])
+    if label_map and any(_ENTITY.fullmatch(name) for name in names):
+        for row, tags in enumerate(table.columns["tags"]):
+            _check_entities(table, row, table.columns["tokens"][row], [renamed.get(tag, tag) for tag in tags])
     return found
 
 
@@ -105,15 +114,17 @@ def _renamed(
 ) -> dict[str, str]:
     """Tags of `table` by what `label_map` makes of them."""
     tags = {tag for own in table.columns["tags"] for tag in own}
-    here = tags | {tag[2:] for tag in tags if _ENTITY.fullmatch(tag)}
-    there = {*ids, *(name[2:] for name in ids if _ENTITY.fullmatch(name))}
+    types = {tag[2:] for tag in tags if _ENTITY.fullmatch(tag)}
     for old, new in label_map.items():
         where = f"data.eval.{set_name}.label_map"
-        if old not in here:
-            raise UserError(f"{where} names {old!r}, no tag of that set; {nearest(old, sorted(here))}")
+        if old not in tags | types:
+            known = sorted(tags | types)
+            raise UserError(f"{where} names {old!r}, no tag of that set; {nearest(old, known)}")
+        there = set(ids) if old in tags else {name[2:] for name in ids if _ENTITY.fullmatch(name)} | {OUTSIDE}
         if new not in there:
+            kind = "tag" if old in tags else "type"
             raise UserError(
-                f"{where} maps {old!r} to {new!r}, no tag of training; {nearest(new, sorted(there))}"
+                f"{where} maps {old!r} to {new!r}, no {kind} of training; {nearest(new, sorted(there))}"
             )
 
     def rename(tag: str) -> str:

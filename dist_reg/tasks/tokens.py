@@ -96,24 +96,49 @@ class TokenTask(Task):
 
     def reduce(self, logits: Any) -> Any:
         """The predicted tag of every token [B, T], from logits [B, T, tags]: all that an evaluation keeps."""
-        check_finite(logits)
-        return logits.argmax(-1)
+        own = logits[0] if isinstance(logits, tuple) else logits
+        check_finite(own)
+        return own.argmax(-1)
+
+    def trainable(self, encoded: Dataset) -> Dataset:
+        """Without rows of which no word has a label: the mean over none is not a number.
+
+        Raises:
+            UserError: none is left.
+        """
+        kept = [row for row, words in enumerate(encoded["words"]) if words]
+        if not kept:
+            raise UserError("no word of the training set fits into data.max_length; raise it.")
+        if len(kept) < len(encoded):
+            logger.warning(
+                "train: %d of %d sentences are left out, because the model would see none of their words.",
+                len(encoded) - len(kept),
+                len(encoded),
+            )
+        left: Any = encoded.select(kept)
+        return left
 
     def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict[str, float]:
         """Scores over all words of `rows` (tokenized), from what `reduce` kept of them [N, T] and labels [N, T]."""
         if len(predictions) == 0:
             raise UserError("the evaluation set is empty: no metric is defined")
+        if not len(predictions) == len(labels) == len(rows):
+            raise ValueError(f"{len(predictions)} rows of predictions, but {len(rows)} rows")
         gold = [[self.label_names[tag] for tag in tags] for tags in rows["tags"]]
         found = self._by_word(predictions, labels, rows)
         scores = entity_scores(gold, found) if self.kind == "ner" else {}
-        right = [one == other for own, wanted in zip(found, gold) for one, other in zip(own, wanted)]
+        right = [
+            one == other
+            for own, wanted in zip(found, gold, strict=True)
+            for one, other in zip(own, wanted, strict=True)
+        ]
         scores["accuracy"] = float(np.mean(right))
         return {name: scores[name] for name in self.metrics}
 
-    def _by_word(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> list[list[str]]:
-        """A tag for every word; one that has no piece gets O, or none at all where there is no O."""
-        names, missing = self.label_names, "O" if self.kind == "ner" else ""
-        found = []
+    def _by_word(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> list[list[Any]]:
+        """A tag for every word; one that has no piece gets O, or None where there is no O."""
+        names, missing = self.label_names, "O" if self.kind == "ner" else None
+        found: list[list[Any]] = []
         for predicted, label, words, tags in zip(predictions, labels, rows["words"], rows["tags"]):
             own = [missing] * len(tags)
             for word, tag in zip(words, predicted[label != UNLABELLED], strict=True):

@@ -19,7 +19,7 @@ SENTENCES = {
     [
         "EU\tB-ORG\nrejects\tO\n\n#\tO\nPeter\tB-PER\n",
         "EU B-ORG\nrejects O\n\n# O\nPeter B-PER",
-        "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\n# SYM O\nPeter NNP B-PER\n\n",
+        "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n-DOCSTART- -X- O\n# SYM O\nPeter  NNP B-PER\n\n",
         "\ufeffEU\tB-ORG\r\nrejects\tO\r\n\t\r\n# a comment\r\n#\tO\r\nPeter\tB-PER\r\n",
     ],
     ids=["tabs", "spaces", "three columns", "windows"],
@@ -51,6 +51,11 @@ ERRORS = [
 def test_errors_name_the_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read_conll(write(tmp_path / "a.conll", content))
+
+
+def test_blanks_of_another_kind_belong_to_a_token(tmp_path):
+    table = read_conll(write(tmp_path / "a.conll", "a\u00a0b O\n"))
+    assert table.columns["tokens"] == [["a\u00a0b"]]
 
 
 def test_a_column_that_is_not_there(tmp_path):

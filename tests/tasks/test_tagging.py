@@ -62,7 +62,8 @@ def test_jsonl_csv_and_parquet_hold_lists(tmp_path):
         "ner": ["B-person I-person O"] * 2,
     }
     pandas.DataFrame(as_text).to_csv(tmp_path / "a.csv", index=False)
-    for name in ("a.jsonl", "a.parquet", "a.csv"):
+    pandas.DataFrame(rows).to_csv(tmp_path / "b.csv", index=False)
+    for name in ("a.jsonl", "a.parquet", "a.csv", "b.csv"):
         config = DataConfig(data_dir=str(tmp_path), train=name, dev=name, text="words", label="ner")
         task = load_task("ner", config)
         assert task.train["tokens"] == [["Anna", "Smith", "sings"]] * 2, name
@@ -81,7 +82,7 @@ def test_the_first_piece_of_a_word_carries_its_tag(tmp_path):
     assert task.train["input_ids"][1] == [5, 6, 7, 8]
     assert task.train["label"] == [[1, 2, 0], [0, 3, -100, -100]]
     assert task.train["words"] == [[0, 1, 2], [0, 1]]
-    assert task.counts["train"] == {"rows": 2, "words": 5, "words_cut": 0}
+    assert task.counts["train"] == {"rows": 2, "words": 5, "words_cut": 0, "rows_left_out": 0}
 
 
 def test_labels_are_padded_where_the_tokenizer_pads(tmp_path):
@@ -164,8 +165,46 @@ def test_words_the_model_did_not_see_count_as_not_found(tmp_path, caplog):
 
 def test_parts_of_speech_that_the_model_did_not_see_are_wrong(tmp_path):
     task = load_task("pos", files(tmp_path, "Anna N\nwaits V\n", "Anna N\nwaits V\n")).tokenize(pieces(), 1)
-    scores = task.compute_metrics(*predictions_of(task, [[0, 1]], 1), task.dev)
-    assert scores == {"accuracy": 0.5}
+    predictions, labels = predictions_of(task, [[0, 1]], 1)
+    assert task.compute_metrics(predictions, labels, task.dev) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="1 rows of predictions, but 2 rows"):
+        task.compute_metrics(predictions, labels, task.dev.select([0, 0]))
+
+
+def test_an_evaluation_set_is_read_as_training_is(tmp_path):
+    both = "Anna\tB-PER\tO\nRome\tB-LOC\tO\nUni\tB-LOC\tB-PER\n"
+    write(tmp_path / "other.conll", both)
+    config = files(tmp_path, both, both, label="2", eval={"t": EvalSet(file="other.conll")})
+    task = load_task("ner", config)
+    assert task.eval_sets["t"]["tags"] == task.dev["tags"] == [[3, 1, 1]]
+    (tmp_path / "other.jsonl").write_text('{"tokens": ["Anna"], "tags": ["B-PER"]}')
+    config = files(tmp_path, both, both, label="2", eval={"t": EvalSet(file="other.jsonl")})
+    assert load_task("ner", config).eval_sets["t"]["tags"] == [[3]]
+
+
+@pytest.mark.parametrize("kind", ["ner", "pos"])
+def test_the_column_of_the_task_is_taken(tmp_path, kind):
+    (tmp_path / "a.jsonl").write_text(
+        '{"tokens": ["he", "Al"], "ner_tags": ["O", "B-x"], "pos_tags": ["PRP", "NN"]}'
+    )
+    task = load_task(kind, DataConfig(data_dir=str(tmp_path), train="a.jsonl", dev="a.jsonl"))
+    assert task.label_names == {"ner": ("O", "B-x", "I-x"), "pos": ("NN", "PRP")}[kind]
+
+
+def test_training_sentences_without_a_word_are_left_out_and_counted(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        task = load_task("ner", files(tmp_path, TRAIN + "\n?\tO\n")).tokenize(pieces(), 16)
+    assert len(task.train) == 2
+    assert task.counts["train"] == {"rows": 3, "words": 6, "words_cut": 1, "rows_left_out": 1}
+    assert "train: 1 of 3 sentences are left out" in caplog.text
+    with pytest.raises(UserError, match="no word of the training set fits into data.max_length"):
+        load_task("ner", files(tmp_path, "?\tO\n?\tB-place\n")).tokenize(pieces(), 16)
+
+
+def test_the_batch_holds_model_inputs_alone(tmp_path):
+    task = load_task("ner", files(tmp_path)).tokenize(pieces(), 16)
+    batch = task.collator(pieces())([task.train[0], task.train[1]])
+    assert set(batch) <= {"input_ids", "attention_mask", "token_type_ids", "labels", "example_ids"}
 
 
 def test_an_evaluation_keeps_tags_and_refuses_nan(tmp_path):
@@ -191,7 +230,16 @@ def test_further_sets_with_other_names(tmp_path):
     with pytest.raises(UserError, match="label_map names 'LOK', no tag of that set; did you mean 'LOC'"):
         load_task("ner", config)
     config = files(tmp_path, eval={"news": EvalSet(file="other.conll", label_map={"LOC": "plaice"})})
-    with pytest.raises(UserError, match="maps 'LOC' to 'plaice', no tag of training; did you mean 'place'"):
+    with pytest.raises(UserError, match="maps 'LOC' to 'plaice', no type of training; did you mean 'place'"):
+        load_task("ner", config)
+    config = files(tmp_path, eval={"news": EvalSet(file="other.conll", label_map={"LOC": "B-place"})})
+    with pytest.raises(UserError, match="maps 'LOC' to 'B-place', no type of training"):
+        load_task("ner", config)
+    write(tmp_path / "long.conll", "New\tB-LOC\nYork\tI-LOC\n")
+    config = files(
+        tmp_path, eval={"news": EvalSet(file="long.conll", label_map={"B-LOC": "O", "LOC": "place"})}
+    )
+    with pytest.raises(UserError, match=r"token 2 \('York'\): I-place follows O"):
         load_task("ner", config)
 
 
@@ -227,6 +275,10 @@ ROWS = [
     ({"tokens": ["a", 3], "tags": ["O", "O"]}, r"line 1: token 2 is 3, no text"),
     ({"tokens": 3, "tags": ["O"]}, r"line 1: the tokens are 3, which is no list"),
     ({"words": ["a"], "tags": ["O"]}, r"has no column 'tokens'"),
+    ({"tokens": ["a"], "tags": [None]}, r"line 1, token 1 \('a'\): its tag is None, no text"),
+    ({"tokens": ["a"], "tags": [["O"]]}, r"its tag is \['O'\], no text"),
+    ({"tokens": ["a"], "tags": [-1]}, r"its tag is -1, no text"),
+    ({"tokens": ["a"], "tags": [3]}, r"the tag is the number 3; task ner needs names such as B-person"),
 ]
 
 
@@ -243,6 +295,8 @@ OPTIONS = [
     ({"label": "tags"}, "data.label is 'tags'; for a CoNLL file .* a column's number"),
     ({"text_pair": "b"}, "data.text_pair has no use with task ner"),
     ({"eval": {"ood": EvalSet(task="demo")}}, "data.eval.ood needs `file` with task ner"),
+    ({"train": "train.conllu"}, "CoNLL-U numbers its words"),
+    ({"dev": "dev.json"}, "write a JSON object a line and call it .jsonl"),
     ({"train_samples": 500}, "holds 2 rows, fewer than the 500 samples"),
 ]
 
