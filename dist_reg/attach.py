@@ -95,6 +95,8 @@ class Handle:
         """Whether the next forwards take the diagnostics that cost something; None: one in `MEASURE_EVERY`."""
         self.optimizer_step: int | None = None
         """The optimizer step that the next forwards are a part of; None: every forward counts as one."""
+        self.task_weight: Tensor | None = None
+        """What the task's loss of the next forwards counts for; None: 1."""
         self.warming_up = False
         """Whether the next forwards train the added modules alone: everything else in the loss then counts 0."""
         self._modules: dict[nn.Module, tuple[str, float]] = {}
@@ -548,6 +550,7 @@ class Handle:
             regression=regression,
             several_labels=several_labels,
             number=self._forwards if self.optimizer_step is None else self.optimizer_step,
+            task_weight=self.task_weight,
         )
         if self._stream is not None:
             doubled_spans = None if spans is None else spans.repeat(2, 1)

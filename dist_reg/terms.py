@@ -72,11 +72,13 @@ def add_terms(outputs: Any, step: Step, means: Means, alone: set[str] | None = N
             raise UserError(f"the model returned no loss to add {', '.join(terms)} to; pass it the labels.")
     else:
         task_loss = loss if step.task_loss is None else step.task_loss
+        if step.task_weight is not None:
+            task_loss = step.task_weight * task_loss
         means.record("task_loss", task_loss)
         for name, term in terms.items():
             means.record(name, term)
-        if terms:
-            loss = task_loss + torch.stack(list(terms.values())).sum()
+        if terms or step.task_weight is not None:
+            loss = task_loss + torch.stack(list(terms.values())).sum() if terms else task_loss
             if alone is not None:
                 loss = 0.0 * loss + torch.stack([terms[name] for name in terms if name in alone]).sum()
             if isinstance(outputs, dict):

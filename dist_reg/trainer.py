@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
+UNLABELLED = -100
+"""The label that Transformers' losses leave out."""
 SAMPLING_STRATEGIES = ("random", "sequential")
 """Orders of examples that `EpochSampler` makes; the others depend on the topology."""
 
@@ -69,6 +71,10 @@ def _pop_ids(inputs: dict[str, Any]) -> Any:
     """Take the example ids out of a batch: ours under ID_BATCH, a default collator's under the column's name."""
     found = [inputs.pop(name) for name in (ID_BATCH, ID_COLUMN) if name in inputs]
     return found[0] if found else None
+
+
+def _labels_each_token(labels: Any) -> bool:
+    return isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
 class _EpochCallback(transformers.TrainerCallback):
@@ -116,6 +122,7 @@ class Trainer(transformers.Trainer):
         self._sampler: EpochSampler | None = None
         self._partial: Path | None = None
         self._ids_missed = False
+        self._labels_of_step: Any = None
         self.evaluated_rows: Any = None
         """The rows that are being evaluated, with all their columns, for `compute_metrics`."""
         try:
@@ -242,6 +249,25 @@ class Trainer(transformers.Trainer):
 
     # -- loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._labels_of_step = None
+        if samples and not self.model_accepts_loss_kwargs and _labels_each_token(samples[0].get("labels")):
+            counts = torch.stack([(batch["labels"] != UNLABELLED).sum() for batch in samples])
+            own = counts.float().mean().to(self.args.device)
+            self._labels_of_step = self.accelerator.reduce(own, "mean")  # of a micro-batch
+        return samples, items
+
+    def _share_of_labels(self, labels: Any) -> torch.Tensor | None:
+        """How many labelled tokens a micro-batch has, over their mean in the step's micro-batches on all processes.
+
+        A model's loss is the mean over its own; times this, their mean is that over the labelled tokens of the whole step,
+        however it is cut.
+        """
+        if self._labels_of_step is None or not _labels_each_token(labels):
+            return None
+        return (labels != UNLABELLED).sum() / self._labels_of_step
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -257,6 +283,7 @@ class Trainer(transformers.Trainer):
                 ID_BATCH,
                 ID_COLUMN,
             )
+        self.handle.task_weight = self._share_of_labels(inputs.get("labels")) if model.training else None
         step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
         self.handle.measure = step == 0 or (step + 1) % every == 0
         self.handle.optimizer_step, self.handle.warming_up = step, step < self.warmup_steps

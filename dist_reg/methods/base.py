@@ -56,6 +56,8 @@ class Step:
     """What is added to the loss, [B] by (name, layer), each example's own; the host weighs and sums them."""
     logits: Tensor | None = None
     """[2B, ...] once a forward with doubled inputs is through, clean half first."""
+    task_weight: Tensor | None = None
+    """What the task's loss counts for, where a mean over labels must not depend on how they are cut into micro-batches."""
     task_loss: Tensor | None = None
     """Replaces the model's own loss where a method sets it."""
     twin: Step | None = None
