@@ -41,7 +41,7 @@ class _Reading:
 
 
 class Readout:
-    """Hooks that hand the layers' hidden states to `fuse` and its result to the head.
+    """Hooks that hand the layers' hidden states to `fuse` and its result to the head; a compiler leaves them as they are.
 
     Raises UserError for a model in which nothing of that kind reads the last hidden states.
     """
@@ -70,6 +70,7 @@ class Readout:
         while self._hooks:
             self._hooks.pop().remove()
 
+    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self._names, args)), **kwargs}
         tokens = given.get("input_ids")
@@ -95,6 +96,7 @@ class Readout:
         backward = torch._C._current_graph_task_id()
         self._readings[threading.get_ident()] = _Reading(batch, real, backward)
 
+    @torch.compiler.disable
     def _read(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         reading = self._readings.get(threading.get_ident())
         if reading is None or reading.backward != torch._C._current_graph_task_id():
@@ -103,6 +105,7 @@ class Readout:
             refuse_reentrant(layer, self.owner)
         reading.states[number] = hidden_argument(args, kwargs)[: reading.batch]
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         reading = self._readings.pop(threading.get_ident(), None)
         if reading is None:
@@ -124,6 +127,7 @@ class Readout:
         step = self.handle.step_under_way if self.handle is not None else None
         return _replace(output, last, self.fuse(states, reading.real, step))
 
+    @torch.compiler.disable
     def _let_go(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Whatever happened in between, keep nothing of a forward that is over."""
         self._readings.pop(threading.get_ident(), None)
