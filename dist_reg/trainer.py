@@ -24,14 +24,13 @@ from dist_reg.kept import ADDED_FILE, added_tensors
 from dist_reg.methods.base import Method
 from dist_reg.noise import example_keys
 from dist_reg.optimizer import MULTIPLE, after_warm_up, split_groups, start_anew
+from dist_reg.streams import IGNORED
 from dist_reg.terms import NonFiniteTerm
 
 logger = logging.getLogger(__name__)
 
 ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
-UNLABELLED = -100
-"""The label that Transformers' losses leave out."""
 SAMPLING_STRATEGIES = ("random", "sequential")
 """Orders of examples that `EpochSampler` makes; the others depend on the topology."""
 
@@ -253,7 +252,7 @@ class Trainer(transformers.Trainer):
         samples, items = super().get_batch_samples(*args, **kwargs)
         self._labels_of_step = None
         if samples and not self.model_accepts_loss_kwargs and _labels_each_token(samples[0].get("labels")):
-            counts = torch.stack([(batch["labels"] != UNLABELLED).sum() for batch in samples])
+            counts = torch.stack([(batch["labels"] != IGNORED).sum() for batch in samples])
             own = counts.float().mean().to(self.args.device)
             self._labels_of_step = self.accelerator.reduce(own, "mean")  # of a micro-batch
         return samples, items
@@ -266,7 +265,7 @@ class Trainer(transformers.Trainer):
         """
         if self._labels_of_step is None or not _labels_each_token(labels):
             return None
-        return (labels != UNLABELLED).sum() / self._labels_of_step
+        return (labels != IGNORED).sum() / self._labels_of_step
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

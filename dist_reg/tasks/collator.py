@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_reg.errors import UserError
+from dist_reg.streams import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-UNLABELLED = -100
-"""The label that Transformers' losses leave out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,5 +58,5 @@ class Collator:
 
     def _padded(self, label: list[int], length: int) -> list[int]:
         """On the side on which the tokenizer pads."""
-        padding = [UNLABELLED] * (length - len(label))
+        padding = [IGNORED] * (length - len(label))
         return padding + label if self.tokenizer.padding_side == "left" else label + padding

@@ -12,8 +12,9 @@ import numpy as np
 from dist_reg.data.sampling import sample_rows
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
+from dist_reg.streams import IGNORED
 from dist_reg.tasks.base import EXAMPLE_ID, Task
-from dist_reg.tasks.collator import UNLABELLED, Collator
+from dist_reg.tasks.collator import Collator
 from dist_reg.tasks.metrics import check_finite
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class TokenTask(Task):
             label, own, before = [], [], None
             for word in encoded.word_ids(row):
                 first = word is not None and word != before
-                label.append(tags[word] if first else UNLABELLED)
+                label.append(tags[word] if first else IGNORED)
                 own += [word] if first else []
                 before = word
             labels.append(label)
@@ -141,7 +142,7 @@ class TokenTask(Task):
         found: list[list[Any]] = []
         for predicted, label, words, tags in zip(predictions, labels, rows["words"], rows["tags"]):
             own = [missing] * len(tags)
-            for word, tag in zip(words, predicted[label != UNLABELLED], strict=True):
+            for word, tag in zip(words, predicted[label != IGNORED], strict=True):
                 own[word] = names[int(tag)]
             found.append(own)
         return found
