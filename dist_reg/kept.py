@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dist_reg.readout import Readout
 
 FILE = "dist_reg.json"
+INDEX = "model.safetensors.index.json"
 ADDED_FILE = "dist_reg_modules.safetensors"
 """Beside adapters, which are saved without the model, what methods added to it."""
 ATTRIBUTE = "_dist_reg_kept"
@@ -147,8 +148,9 @@ def load(
     """The exported model at `path`, a folder or a name on the hub, in eval mode, with every method that stays in it.
 
     Of the class that its configuration names. `model` is for weights that Transformers cannot load by that name, such as
-    adapters or a class of the model's own: the model as it is loaded elsewhere, to which the methods are then attached. An export without such methods
-    is the plain model. Raises UserError where weights, `dist_reg.json` and model do not fit each other.
+    adapters or a class of the model's own: the model as it is loaded elsewhere, to which the methods are then attached.
+    An export without such methods is the plain model. Raises UserError where weights, `dist_reg.json` and model do not fit
+    each other.
     """
     from dist_reg.model import load_plain, resolve_model
 
@@ -193,7 +195,7 @@ def restore(model: nn.Module, folder: Path) -> None:
     except UserError as error:
         raise UserError(f"{folder / FILE}: {error}") from None
     try:
-        _fill(model, weights, folder)
+        _fill(model, weights, folder, layers_path)
     except BaseException:
         handle.remove()
         raise
@@ -242,9 +244,6 @@ def _words(backbone: dict[str, Any]) -> str:
     return f"{backbone['class']} with {backbone['layers']} layers of {backbone['hidden_size']} channels{adapters}"
 
 
-INDEX = "model.safetensors.index.json"
-
-
 def saved_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of methods that stay, in the files that hold the weights of the export in `folder`, by name."""
     files = {"model.safetensors", ADDED_FILE}
@@ -274,7 +273,7 @@ def _stays(name: str) -> bool:
     return owner not in METHODS or METHODS[owner].kept
 
 
-def _fill(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: nn.Module, weights: dict[str, Tensor], folder: Path, layers_path: str | None) -> None:
     """Copy `weights` into the modules that were attached to `model`, in the dtype of its layers."""
     own: Any = inner_model(model)
     modules = {EXTRA + name: getattr(own, EXTRA + name) for name in kept_methods(model)}
@@ -292,4 +291,4 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
             )
     for name, module in modules.items():
         module.load_state_dict({key: weights[f"{name}.{key}"] for key in module.state_dict()})
-        module.to(next(find_backbone(model).layers[0].parameters()).dtype)
+        module.to(next(find_backbone(model, layers_path).layers[0].parameters()).dtype)

@@ -205,6 +205,22 @@ def test_whoever_saves_the_model_saves_what_is_needed(tmp_path):
     torch.testing.assert_close(logits(dist_reg.load(tmp_path / "four")), expected)
 
 
+def two_stacks():
+    """A model in which the layers must be named."""
+    model = build("bert", dropout=0.0)
+    model.second = copy.deepcopy(model.bert.encoder)
+    return model
+
+
+def test_a_model_whose_layers_must_be_named(tmp_path):
+    model = two_stacks()
+    regularize(model, [CHEAP], layers_path="bert.encoder.layer").bake()
+    stirred(model.dist_reg_hire)
+    model.save_pretrained(tmp_path)
+    found = dist_reg.load(tmp_path, model=two_stacks())
+    assert torch.equal(logits(found), logits(model.eval()))
+
+
 def test_a_model_that_has_it_can_be_pickled(tmp_path):
     model = build("bert", dropout=0.0)
     regularize(model, [METHOD], seed=1).bake()

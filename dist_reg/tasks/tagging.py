@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,11 @@ from dist_reg.tasks.tokens import TokenTask, make_dataset
 METRICS = {"ner": ("f1", "precision", "recall", "accuracy"), "pos": ("accuracy",)}
 WNUT17 = {"train": "wnut17train.conll", "dev": "emerging.dev.conll", "test": "emerging.test.annotated"}
 """The files of the WNUT 2017 shared task on emerging entities."""
+UNREADABLE = {
+    ".conllu": "CoNLL-U numbers its words and joins some of them; write a token and its tag a line.",
+    ".json": "write a JSON object a line and call it .jsonl.",
+}
+"""Extensions that are neither tables nor CoNLL files, and what to do about it."""
 
 
 def own_tagging(kind: str, config: DataConfig) -> Task:
@@ -83,12 +89,6 @@ def read_sentences(file: str, data_dir: str | None, columns: Any, kind: str) -> 
     return read_conll(path, None if columns.label is None else int(columns.label))
 
 
-UNREADABLE = {
-    ".conllu": "CoNLL-U numbers its words and joins some of them; write a token and its tag a line.",
-    ".json": "write a JSON object a line and call it .jsonl.",
-}
-
-
 def _columns_of(eval_set: EvalSet, config: DataConfig) -> Any:
     """What an evaluation set leaves out is as in training, where both are CoNLL files or both tables."""
     alike = _is_table(eval_set.file) == (config.hub is not None or _is_table(config.train))
@@ -123,14 +123,20 @@ def _as_list(table: Table, row: int, name: str, cell: Any) -> list[Any]:
     if isinstance(cell, str):
         if not (cell.strip().startswith("[") and cell.strip().endswith("]")):
             return cell.split()
-        try:
-            cell = ast.literal_eval(cell.strip())  # JSON's lists of texts are Python's too
-        except (ValueError, SyntaxError):
-            return cell.split()  # a sentence may stand in brackets
+        cell = _parsed(cell.strip())
     if not isinstance(cell, list):
         raise UserError(f"{table.where(row)}: the {name} are {cell!r}, which is no list")
     number = name == "tags"
     return [str(item) if number and type(item) is int and item >= 0 else item for item in cell]
+
+
+def _parsed(cell: str) -> list[Any]:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(cell)
+        except (ValueError, SyntaxError):
+            continue
+    return cell.split()  # a sentence may stand in brackets
 
 
 def _build(name: str, kind: str, tables: dict[str, Table], config: DataConfig) -> Task:

@@ -70,6 +70,18 @@ def test_jsonl_csv_and_parquet_hold_lists(tmp_path):
         assert task.train["tags"] == [[1, 2, 0]] * 2, name
 
 
+def test_lists_in_csv_are_read_as_json_first(tmp_path):
+    """Whose escapes Python reads otherwise; a sentence in brackets is no list."""
+    cells = {"tokens": ['["\\ud83d\\ude00", "a\\/b"]', "[ sic ]"], "tags": ["O B-x", "O O O"]}
+    pandas.DataFrame(cells).to_csv(tmp_path / "a.csv", index=False)
+    task = load_task("ner", DataConfig(data_dir=str(tmp_path), train="a.csv", dev="a.csv"))
+    assert task.train["tokens"] == [["\U0001f600", "a/b"], ["[", "sic", "]"]]
+    cells = {"tokens": ['["a", null]'], "tags": ["O O"]}
+    pandas.DataFrame(cells).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(UserError, match="token 2 is None, no text"):
+        load_task("ner", DataConfig(data_dir=str(tmp_path), train="a.csv", dev="a.csv"))
+
+
 def test_parts_of_speech(tmp_path):
     config = files(tmp_path, "he PRP O\nran VBD O\n", "he PRP O\n", label="2")
     task = load_task("pos", config)
