@@ -15,16 +15,19 @@ from dist_reg.streams import IGNORED
 
 
 def disagreement(step: Step, name: str) -> Tensor:
-    """fp32 [B]: KL(p || q) + KL(q || p) of the halves, for tokens the mean over those that have a label; for
-    regression the mean square of the halves' difference.
+    """fp32 [B]: KL(p || q) + KL(q || p) of the halves, for tokens the mean over those that have a label, for spans that of
+    their two ends, as the loss is; for regression the mean square of the halves' difference.
 
     Raises UserError, on behalf of the method `name`, for a model without logits, or with labels that are neither.
     """
+    if step.span_logits is not None:
+        start, end = (symmetric_kl(*logits.chunk(2)) for logits in step.span_logits)
+        return (start + end) / 2
     logits, labels = step.logits, step.labels
     if logits is None or labels is None:
         raise UserError(
             f"{name} compares the logits of two passes and needs the labels; it is for classification, regression, "
-            "token classification and language models."
+            "token classification, question answering and language models."
         )
     clean, other = logits.chunk(2)
     if step.several_labels:

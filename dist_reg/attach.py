@@ -576,6 +576,10 @@ class Handle:
         _, given = streams.double_arguments(self.model, (), given, step.batch, step.tokens, step.doubled)
         if step.labels is not None:
             given["labels"] = streams.second_labels(step.labels, self._stream.counts_second)
+        for name in streams.SPAN:
+            if given.get(name) is not None and not self._stream.counts_second:
+                given[name] = given[name].clone()
+                given[name][step.batch :] = step.tokens
         if self._stream.counts_second and given.get("num_items_in_batch") is not None and self._counts_items:
             given["num_items_in_batch"] = 2 * given["num_items_in_batch"]
         return (), given
@@ -585,6 +589,8 @@ class Handle:
         if doubled:
             first = int(step.labels is not None)
             step.logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[first]
+            if isinstance(outputs, dict) and "start_logits" in outputs:
+                step.span_logits = outputs["start_logits"], outputs["end_logits"]
         for method in self.methods:
             method.finish(step)
         alone = {method.name for method in self.methods if method.epochs_alone()} if self.warming_up else None

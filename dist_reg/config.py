@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dist_reg.data.config import DataConfig, EvalSet
+from dist_reg.data.squad import QAOptions
 from dist_reg.errors import UserError, nearest
 from dist_reg.methods import METHODS, Method
 
@@ -280,11 +281,15 @@ def _training_fields() -> list[str]:
     return re.findall(r"^    (\w+): .+=", source.partition("class TrainingArguments")[2], re.MULTILINE)
 
 
+NESTED = {"model": ModelConfig, "data": DataConfig, "early_stopping": EarlyStopping, "qa": QAOptions}
+"""Sections of a run file that are dataclasses of their own."""
+
+
 def known_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of every option of the dataclass `cls` and the dataclasses inside it."""
     for item in dataclasses.fields(cls):
         name = prefix + item.name
         yield name
-        nested = {"model": ModelConfig, "data": DataConfig, "early_stopping": EarlyStopping}.get(item.name)
-        if cls is RunConfig and nested is not None:
+        nested = NESTED.get(item.name)
+        if nested is not None:
             yield from known_keys(nested, name + ".")

@@ -57,7 +57,8 @@ def train(run: RunConfig) -> dict[str, Any]:
         run.model, task.model_class, args.seed, single_words=task.single_words, **task.model_kwargs()
     )
     check_fit(run, task, model, args)
-    task = task.tokenize(tokenizer, run.data.max_length)
+    length = task.length(run.data.max_length, tokenizer, positions(model))
+    task = task.tokenize(tokenizer, length)
     trainer = build_trainer(run, task, model, tokenizer, args, folder)
     trainer.accelerator.wait_for_everyone()
     with folder.begin(run) if is_main() else contextlib.nullcontext():
@@ -97,7 +98,7 @@ def train_in(
         "methods": run.as_dict()["methods"],
         "seed": args.seed,
         "data_seed": run.data.seed,
-        "train_examples": len(task.train),
+        "train_examples": task.examples,
         "counts": {name: dict(counts) for name, counts in task.counts.items()},
         "settings": settings(run),
         "main_metric": task.main_metric,
@@ -168,7 +169,7 @@ def build_trainer(
 
 def score(trainer: Trainer, task: Task) -> None:
     """Let the evaluations of `trainer` keep what `task` needs of the logits, and compute its metrics."""
-    trainer.preprocess_logits_for_metrics = lambda logits, labels: task.reduce(logits)
+    trainer.preprocess_logits_for_metrics = task.reduce
 
     def metrics(prediction: Any) -> dict[str, float]:
         return task.compute_metrics(prediction.predictions, prediction.label_ids, trainer.evaluated_rows)
@@ -184,7 +185,6 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
         raise UserError(
             f"train.metric_for_best_model: {task.name} has no {args.metric_for_best_model!r}; {hint}"
         )
-    check_length(model, run.data.max_length, "data.max_length")
     listed = [name for entry in run.methods for name in entry]
     for name in kept_methods(model):
         if name not in listed:
@@ -193,11 +193,9 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
             )
 
 
-def check_length(model: Any, length: int, name: str) -> None:
-    """Raise UserError where `length`, given as `name`, is more tokens than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise UserError(f"{name} is {length}, but the model takes at most {positions} tokens.")
+def positions(model: Any) -> int | None:
+    """How many tokens the model has positions for, where it says so."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def resumable(run: RunConfig, folder: RunDirectory, args: transformers.TrainingArguments) -> Path | None:
@@ -267,7 +265,7 @@ def describe(run: RunConfig, task: Task, trainer: Trainer) -> str:
     args = trainer.args
     methods = ", ".join(method.name for method in trainer.handle.methods) or "plain fine-tuning"
     return (
-        f"{task.name}: {len(task.train)} examples, {run.model.name}, {methods}; batch {run.batch_size} = "
+        f"{task.name}: {task.examples} examples, {run.model.name}, {methods}; batch {run.batch_size} = "
         f"{args.world_size} processes x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps}, "
         f"{run.deepspeed or 'no deepspeed'}, gradients clipped at {args.max_grad_norm}"
     )

@@ -74,8 +74,8 @@ def mean_over_real_tokens(distance: Tensor, spans: Tensor | None) -> Tensor:
 BATCHED = frozenset(
     {
         "attention_mask", "encoder_attention_mask", "encoder_decoder_position_bias", "encoder_hidden_states",
-        "input_ids", "inputs_embeds", "labels", "position_bias", "position_embeddings", "position_ids",
-        "query_states", "token_type_ids",
+        "end_positions", "input_ids", "inputs_embeds", "labels", "position_bias", "position_embeddings", "position_ids",
+        "query_states", "start_positions", "token_type_ids",
     }
 )  # fmt: skip
 """Arguments whose first dimension is the batch, or the batch times the heads, or 1 for all."""
@@ -88,6 +88,9 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn
 
 IGNORED = -100
 """The label that Transformers' losses leave out."""
+
+SPAN = ("start_positions", "end_positions")
+"""What models for question answering call their labels [B]; those past the last token count in no loss."""
 
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
 

@@ -71,8 +71,8 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
 
     from dist_reg.config import ModelConfig
     from dist_reg.model import load_model
-    from dist_reg.run import check_length, score
     from dist_reg.run import evaluate as evaluate_sets
+    from dist_reg.run import positions, score
     from dist_reg.runtime import prepare_process
     from dist_reg.tasks import load_task
     from dist_reg.trainer import Trainer
@@ -81,19 +81,11 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     task = load_task(run.task, run.data)
     source = ModelConfig(name=str(folder), trust_remote_code=run.model.trust_remote_code)
     model, tokenizer = load_model(source, task.model_class, seed=0, single_words=task.single_words)
-    check_length(model, run.data.max_length, "data.max_length")
     fresh: Any = model.fresh_parameters
     if fresh:
         raise UserError(f"eval: {folder} holds no trained {fresh[0]}; give a fine-tuned model.")
-    labels = task.model_kwargs()["num_labels"]
-    if model.config.num_labels != labels:
-        raise UserError(
-            f"eval: {folder} was trained for {model.config.num_labels} labels, task {task.name} has {labels}."
-        )
-    names, own = task.model_kwargs()["id2label"], model.config.id2label or {}
-    if own != names and not all(name.startswith("LABEL_") for name in own.values()):
-        raise UserError(f"eval: {folder} was trained for the labels {own}, task {task.name} has {names}.")
-    task = task.tokenize(tokenizer, run.data.max_length)
+    task.check_model(model, f"eval: {folder}")
+    task = task.tokenize(tokenizer, task.length(run.data.max_length, tokenizer, positions(model)))
     with tempfile.TemporaryDirectory() as scratch:
         args = transformers.TrainingArguments(
             output_dir=scratch,

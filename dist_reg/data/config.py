@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from dist_reg.data.squad import QAOptions
 from dist_reg.errors import UserError
 
 
@@ -85,8 +86,11 @@ class DataConfig:
     """Development on a stratified sample of this many rows."""
     seed: int = 0
     """Of the samples; independent of the run's seed, so that runs with several seeds see the same rows."""
-    max_length: int = 128
-    """Longest input in tokens; longer ones are cut."""
+    max_length: int | None = None
+    """Longest input in tokens; longer ones are cut, contexts of questions into windows. 128 if not given, 384 for questions, or
+    what the model takes where that is less."""
+    qa: QAOptions | None = None
+    """Options of question answering."""
 
     def __post_init__(self) -> None:
         _check_positive(

@@ -20,10 +20,10 @@ class Table:
     """File path or data set name."""
     columns: dict[str, list[Any]]
     """Name to values, all of the same length; a missing value is None."""
-    lines: Sequence[int]
-    """Line of each row in a text file, else its number from 1."""
+    lines: Sequence[int | str]
+    """Line of each row in a text file, else its number from 1, or the name it has there."""
     unit: str = "row"
-    """What `lines` counts: `line` or `row`."""
+    """What `lines` counts or names: `line`, `row` or `question`."""
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -56,6 +56,8 @@ class Step:
     """What is added to the loss, [B] by (name, layer), each example's own; the host weighs and sums them."""
     logits: Tensor | None = None
     """[2B, ...] once a forward with doubled inputs is through, clean half first."""
+    span_logits: tuple[Tensor, Tensor] | None = None
+    """[2B, T] each, of the first and the last token of an answer, where that is what the model predicts."""
     task_weight: Tensor | None = None
     """What the task's loss counts for, where a mean over labels must not depend on how they are cut into micro-batches."""
     task_loss: Tensor | None = None
@@ -94,7 +96,7 @@ class Step:
         self.under_way = self.measure = False
         for held in (self.values, self.terms, self.doubled):
             held.clear()
-        self.labels = self.logits = self.task_loss = None
+        self.labels = self.logits = self.span_logits = self.task_loss = None
         if self.twin is not None:
             self.twin.under_way = self.twin.measure = False
             self.twin.labels = None

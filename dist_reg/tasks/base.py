@@ -11,7 +11,6 @@ from dist_reg.errors import UserError
 from dist_reg.tasks.metrics import compute
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +30,7 @@ class Task(ABC):
 
     name: str
     kind: str
-    """`classification`, `regression`, `ner` or `pos`; decides loss, label dtype and metrics."""
+    """`classification`, `regression`, `ner`, `pos` or `qa`; decides loss, label dtype and metrics."""
     train: Dataset
     dev: Dataset
     eval_sets: Mapping[str, Dataset] = field(default_factory=dict)
@@ -45,6 +44,8 @@ class Task(ABC):
     """The `transformers` auto class whose `from_pretrained` builds the model with the right head."""
     single_words: ClassVar[bool] = False
     """Whether the tokenizer is given words one by one."""
+    default_length: ClassVar[int] = 128
+    """Longest input in tokens where neither the run file nor the model says less."""
 
     @property
     def main_metric(self) -> str:
@@ -61,23 +62,62 @@ class Task(ABC):
         """`dev` and the further evaluation sets, by name."""
         return {"dev": self.dev, **self.eval_sets}
 
+    @property
+    def examples(self) -> int:
+        """How many rows of the training set (tokenized) are learnt from, in as many parts as they may be."""
+        counts = self.counts["train"]
+        return counts["rows"] - counts["rows_left_out"]
+
+    def length(self, asked: int | None, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> int:
+        """Longest input in tokens: `asked`, or the default, or less where the model has fewer positions.
+
+        Raises:
+            UserError: more is asked for than the model, or its tokenizer, takes.
+        """
+        limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        if asked is not None and asked > limit:
+            raise UserError(f"data.max_length is {asked}, but the model takes at most {limit} tokens")
+        return asked if asked is not None else min(self.default_length, limit)
+
     @abstractmethod
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained` of `model_class`: what fixes head and loss."""
 
     @abstractmethod
     def encode(self, rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
-        """Model inputs and labels of some rows (columns as lists in, columns as lists out)."""
+        """Model inputs and labels of some rows (columns as lists in, columns as lists out).
+
+        What makes several rows of one, or leaves some out, returns `example_id` as well.
+        """
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What makes a batch of tokenized rows."""
 
-    def reduce(self, logits: Any) -> Any:
+    def check_model(self, model: Any, name: str) -> None:
+        """That the trained `model`, called `name`, is one of this task's.
+
+        Raises:
+            UserError: it has another number of labels, or others.
+        """
+        wanted = self.model_kwargs()
+        if model.config.num_labels != wanted["num_labels"]:
+            raise UserError(
+                f"{name} was trained for {model.config.num_labels} labels, task {self.name} has {wanted['num_labels']}."
+            )
+        own, labels = model.config.id2label or {}, wanted.get("id2label")
+        if (
+            labels is not None
+            and own != labels
+            and not all(text.startswith("LABEL_") for text in own.values())
+        ):
+            raise UserError(f"{name} was trained for the labels {own}, task {self.name} has {labels}.")
+
+    def reduce(self, logits: Any, labels: Any) -> Any:
         """What an evaluation keeps of a batch's logits (a tensor, or several); all of them, if a task needs no less."""
         return logits
 
-    def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict[str, float]:
+    def compute_metrics(self, predictions: Any, labels: Any, rows: Dataset) -> dict[str, float]:
         """The task's metrics from what `reduce` kept of `rows` (tokenized); see `dist_reg.tasks.metrics.compute`."""
         return compute(self.metrics, predictions, labels)
 
@@ -90,22 +130,15 @@ class Task(ABC):
         return {"rows": len(encoded)}
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Task:
-        """The same task with tokenized data sets: model inputs, `label` and `example_id`.
-
-        Raises:
-            UserError: `max_length` is more than the tokenizer's model takes.
-        """
-        limit = tokenizer.model_max_length
-        if max_length > limit:
-            raise UserError(f"data.max_length is {max_length}, but the model takes at most {limit} tokens")
-
+        """The same task with tokenized data sets: model inputs, `label` and `example_id`."""
         sets = {
             name: _encode_all(self, rows, tokenizer, max_length)
             for name, rows in {"train": self.train, **self.evaluation_sets}.items()
         }
         counts = {name: self.count(name, encoded) for name, encoded in sets.items()}
-        train = self.trainable(sets.pop("train"))
-        counts["train"]["rows_left_out"] = counts["train"]["rows"] - len(train)
+        encoded = sets.pop("train")
+        train = self.trainable(encoded)
+        counts["train"]["rows_left_out"] = len(encoded) - len(train)
         return replace(self, train=train, dev=sets.pop("dev"), eval_sets=sets, counts=counts)
 
 
@@ -120,6 +153,6 @@ def _encode_all(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE]
         parts.append(
-            Dataset.from_dict({**task.encode(part, tokenizer, max_length), EXAMPLE_ID: part[EXAMPLE_ID]})
+            Dataset.from_dict({EXAMPLE_ID: part[EXAMPLE_ID], **task.encode(part, tokenizer, max_length)})
         )
     return concatenate_datasets(parts)

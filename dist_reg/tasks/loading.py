@@ -18,6 +18,7 @@ from dist_reg.data.table import Table
 from dist_reg.errors import UserError, nearest
 from dist_reg.tasks.base import Task
 from dist_reg.tasks.labels import class_ids, find_label_names, scores
+from dist_reg.tasks.qa_loading import QA
 from dist_reg.tasks.sequence import SequenceTask, make_dataset
 from dist_reg.tasks.tagging import TAGGING
 
@@ -33,6 +34,8 @@ def load_task(name: str | None, config: DataConfig) -> Task:
     key = plain_name(name) if name is not None else "classification"
     if key not in TASKS:
         raise UserError(f"unknown task {name!r}; {nearest(key, list(TASKS))}")
+    if config.qa is not None and key not in QA:
+        raise UserError(f"data.qa has no use with task {key}; it is for {', '.join(QA)}")
     return TASKS[key](config)
 
 
@@ -121,6 +124,7 @@ TASKS: dict[str, Callable[[DataConfig], Task]] = {
     "classification": partial(_own, "classification"),
     "regression": partial(_own, "regression"),
     **TAGGING,
+    **QA,
 }
 """Every task by name, with what loads it."""
 

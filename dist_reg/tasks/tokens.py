@@ -95,7 +95,7 @@ class TokenTask(Task):
             )
         return {"rows": len(encoded), "words": words, "words_cut": cut}
 
-    def reduce(self, logits: Any) -> Any:
+    def reduce(self, logits: Any, labels: Any) -> Any:
         """The predicted tag of every token [B, T], from logits [B, T, tags]: all that an evaluation keeps."""
         own = logits[0] if isinstance(logits, tuple) else logits
         check_finite(own)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForTokenClassification
 
-from dist_reg.config import write_yaml
-from tests.distributed.launch import run
+from tests.distributed.task_run import train
 from tests.distributed.test_sst2 import DATA
 from tests.tiny import save_tiny
 
@@ -30,18 +28,6 @@ def write_sentences(path: Path, count: int, start: int) -> None:
         ]
         lines += [f"{word}\t{tag}" for word, tag in words] + [""]
     path.write_text("\n".join(lines))
-
-
-def train(folder: Path, name: str, processes: int, run_file: dict, deepspeed: str | None) -> dict:
-    output = folder / name
-    fields = {"output_dir": str(output), "logging_steps": 1, "save_strategy": "no", "seed": 3}
-    path = folder / f"{name}.yaml"
-    write_yaml({**run_file, "deepspeed": deepspeed, "train": {**fields, **run_file["train"]}}, path)
-    done = run(["-m", "dist_reg", "train", str(path)], processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    return json.loads((output / "results.json").read_text()) | {"losses": losses}
 
 
 def test_the_same_run_on_one_process_and_two(tmp_path):

@@ -222,10 +222,10 @@ def test_the_batch_holds_model_inputs_alone(tmp_path):
 def test_an_evaluation_keeps_tags_and_refuses_nan(tmp_path):
     task = load_task("ner", files(tmp_path))
     logits = torch.randn(2, 3, 5)
-    assert torch.equal(task.reduce(logits), logits.argmax(-1))
+    assert torch.equal(task.reduce(logits, None), logits.argmax(-1))
     logits[1, 2, 0] = float("nan")
     with pytest.raises(UserError, match="NaN logits in 1 of 2"):
-        task.reduce(logits)
+        task.reduce(logits, None)
 
 
 def test_further_sets_with_other_names(tmp_path):

@@ -49,13 +49,15 @@ def step(
     """Time a whole training step (forward, backward, AdamW), the variants taking turns."""
     from dist_reg.bench.step import load, measure, peak_memory
     from dist_reg.provenance import provenance
-    from dist_reg.run import check_length
+    from dist_reg.run import positions
 
     if out is not None:
         make_folder(out, "--out")
     variants = build_variants(methods, peers)
     base = load(model)
-    check_length(base, length, "--length")
+    most = positions(base)
+    if most is not None and length > most:
+        raise UserError(f"--length is {length}, but the model takes at most {most} tokens.")
     rows = measure(variants, base, batch_size, length, steps)
     if memory:
         for variant, row in zip(variants, rows):

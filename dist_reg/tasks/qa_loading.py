@@ -1,0 +1,110 @@
+"""From the `data` section of a run file to a task of question answering: `qa`, `squad` and `squad_v2`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from dist_reg.data.config import DataConfig, EvalSet
+from dist_reg.data.hub import read_hub
+from dist_reg.data.squad import QAOptions, questions_of, read_questions
+from dist_reg.data.table import Table
+from dist_reg.errors import UserError
+from dist_reg.tasks.base import Task
+from dist_reg.tasks.qa import QATask, make_dataset
+
+SQUAD = {
+    "squad": ("rajpurkar/squad", {"train": "train-v1.1.json", "dev": "dev-v1.1.json"}),
+    "squad_v2": ("rajpurkar/squad_v2", {"train": "train-v2.0.json", "dev": "dev-v2.0.json"}),
+}
+"""The hub's name of each version, and its files."""
+METRICS = ("f1", "exact_match")
+METRICS_WITHOUT_ANSWERS = ("no_answer_f1", "has_answer_f1", "has_answer_exact_match")
+"""Of sets in which some question has no answer, beside the others."""
+
+
+def own_qa(config: DataConfig) -> Task:
+    """The task `qa` on the files or the hub's data set that `config` names."""
+    tables = {}
+    for split, hub_split in (("train", "train"), ("dev", "validation")):
+        value = getattr(config, split)
+        if config.hub is not None:
+            instead = "give local files under data.train and data.dev"
+            tables[split] = questions_of(
+                read_hub(config.hub, config.hub_config, value or hub_split, instead=instead)
+            )
+        elif value is None:
+            raise UserError(
+                f"task qa needs data.{split}, the path of SQuAD's json, or of a csv, jsonl or parquet file"
+            )
+        else:
+            tables[split] = _read(value, config.data_dir, config.quoting)
+    return _build("qa", tables, config)
+
+
+def squad(name: str, config: DataConfig) -> Task:
+    """A version of SQuAD, from its json files in `data_dir` or from the hub."""
+    if config.hub is not None:
+        raise UserError(
+            f"data.hub has no use with task {name}, which knows its own; use task qa for other sets"
+        )
+    hub, files = SQUAD[name]
+    tables = {}
+    for split, hub_split in (("train", "train"), ("dev", "validation")):
+        given = getattr(config, split)
+        if config.data_dir is None and given is None:
+            instead = f"give data.data_dir, the folder that holds {files[split]}"
+            tables[split] = questions_of(read_hub(hub, None, hub_split, instead=instead))
+        else:
+            tables[split] = _read(given or files[split], config.data_dir, config.quoting)
+    return _build(name, tables, config)
+
+
+QA: dict[str, Callable[[DataConfig], Task]] = {"qa": own_qa, **{name: partial(squad, name) for name in SQUAD}}
+"""Every task of question answering by name, with what loads it."""
+
+
+def _read(file: str, data_dir: str | None, quoting: bool | None) -> Table:
+    return read_questions(Path(data_dir or "").expanduser() / Path(file).expanduser(), quoting=quoting)
+
+
+def _build(name: str, tables: dict[str, Table], config: DataConfig) -> Task:
+    for option in ("text", "text_pair", "label"):
+        if getattr(config, option) is not None:
+            raise UserError(
+                f"data.{option} has no use with task {name}: its columns are question, context and answers"
+            )
+    for set_name, eval_set in config.eval.items():
+        if set_name in tables:
+            raise UserError(f"data.eval.{set_name} has the name of a set of task {name}; rename it")
+        tables[set_name] = _read_eval_set(name, set_name, eval_set, config)
+    samples = {set_name: eval_set.samples for set_name, eval_set in config.eval.items()}
+    samples |= {"train": config.train_samples, "dev": config.dev_samples}
+    some_without = any(not all(table.columns["answers"]) for table in tables.values())
+    datasets = {
+        set_name: make_dataset(table, samples=samples.get(set_name), seed=config.seed)
+        for set_name, table in tables.items()
+    }
+    return QATask(
+        name=name,
+        kind="qa",
+        unanswerable=not all(datasets["train"]["answers"]),
+        train=datasets.pop("train"),
+        dev=datasets.pop("dev"),
+        eval_sets=datasets,
+        metrics=(*METRICS, *(METRICS_WITHOUT_ANSWERS if some_without else ())),
+        options=config.qa or QAOptions(),
+    )
+
+
+def _read_eval_set(task: str, name: str, eval_set: EvalSet, config: DataConfig) -> Table:
+    if eval_set.file is None:
+        raise UserError(f"data.eval.{name} needs `file` with task {task}, not `task`")
+    for option in ("text", "text_pair", "label", "label_map"):
+        if getattr(eval_set, option) is not None:
+            raise UserError(
+                f"data.eval.{name}.{option} has no use with task {task}: questions have no labels"
+            )
+    quoting = config.quoting if eval_set.quoting is None else eval_set.quoting
+    return _read(eval_set.file, eval_set.data_dir or config.data_dir, quoting)
