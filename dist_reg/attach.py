@@ -44,7 +44,7 @@ from dist_reg.kept import is_kept, keep, kept_methods, save_what_is_kept
 from dist_reg.layer_noise import LayerNoise
 from dist_reg.methods.base import Method, Step, Transform
 from dist_reg.model import whole_parameter
-from dist_reg.noise import draw_example_keys, token_spans
+from dist_reg.noise import draw_example_keys, sequence_lengths, token_spans
 from dist_reg.readout import Fuse, Readout
 from dist_reg.streams import TwinStream, example_weights, label_kind
 from dist_reg.terms import Means, add_terms, diagnostics
@@ -61,8 +61,10 @@ def regularize(
     """Attach `methods` to `model` in place and return the handle that reports on them and removes them.
 
     The model's forward keeps its signature. In training its loss includes the methods' terms; in eval it is the
-    bare model. It takes one more keyword, `example_keys` (int64 [B], see `dist_reg.noise.example_keys`); without it
-    the keys are drawn once per forward from torch's generator.
+    bare model. It takes two more keywords: `example_keys` (int64 [B], see `dist_reg.noise.example_keys`), without which
+    the keys are drawn once per forward from torch's generator; and `row_spans` (int32 [B, 2], the first real token of a
+    row and one past its last), for rows without an attention mask that hold several examples each, told apart by
+    `position_ids` that begin anew.
 
     Call it before `deepspeed.initialize`, DDP or `Accelerator.prepare`. `seed` is the run seed of the noise.
     `layers_path` names the layers of a model whose structure is not recognised, such as "encoder.blocks".
@@ -485,12 +487,17 @@ class Handle:
     # -- the model's forward
 
     def run_forward(
-        self, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], example_keys: Tensor | None
+        self,
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        example_keys: Tensor | None,
+        row_spans: Tensor | None = None,
     ) -> Any:
         """What the wrapped forward of a model in training does: `call`, the model's own, and the methods around it."""
         if self._forwards == 0:
             self._check_added_modules()
-        step = self._begin(args, kwargs, example_keys)
+        step = self._begin(args, kwargs, example_keys, row_spans)
         try:
             args, kwargs = self._second_stream(args, kwargs, step)
             outputs = self._finish(call(*args, **kwargs), step)
@@ -512,7 +519,13 @@ class Handle:
         base.accepts_loss_kwargs = False
         self._undo.append(functools.partial(delattr, base, "accepts_loss_kwargs"))
 
-    def _begin(self, args: tuple, kwargs: dict[str, Any], example_keys: Tensor | None) -> Step:
+    def _begin(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        example_keys: Tensor | None,
+        row_spans: Tensor | None,
+    ) -> Step:
         given = {**dict(zip(self._parameters, args)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
@@ -531,8 +544,10 @@ class Handle:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             example_keys = draw_example_keys(batch, tokens.device, rank)
         mask = given.get("attention_mask")
-        spans = None
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        spans, lengths = row_spans, None
+        if row_spans is not None:
+            lengths = sequence_lengths(given["position_ids"])
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
             spans = token_spans(mask, batch, length, tokens.device)
         measure = self._forwards % MEASURE_EVERY == 0 if self.measure is None else self.measure
         labels = given.get("labels")
@@ -551,12 +566,16 @@ class Handle:
             several_labels=several_labels,
             number=self._forwards if self.optimizer_step is None else self.optimizer_step,
             task_weight=self.task_weight,
+            sequence_lengths=lengths,
         )
         if self._stream is not None:
-            doubled_spans = None if spans is None else spans.repeat(2, 1)
+            spans, lengths = (None if value is None else value.repeat(2, 1) for value in (spans, lengths))
             # Both share what a forward gathers: `replace` hands on the very dictionaries.
             step.twin = dataclasses.replace(
-                step, example_keys=self._stream.keys_of_both(example_keys), spans=doubled_spans
+                step,
+                example_keys=self._stream.keys_of_both(example_keys),
+                spans=spans,
+                sequence_lengths=lengths,
             )
         self._step = self._last_step = step
         return step

@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dist_reg.data.config import DataConfig, EvalSet
+from dist_reg.data.lm import LMOptions
 from dist_reg.data.squad import QAOptions
 from dist_reg.errors import UserError, nearest
 from dist_reg.methods import METHODS, Method
@@ -42,6 +43,10 @@ class ModelConfig:
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked for."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, where adapters train and these do not; those that train are float32, with or without train.bf16."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Hold the linear layers, which adapters leave as they are, in so many bits (bitsandbytes; 4bit is NF4, as in QLoRA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     methods: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     """Methods in the order they act, each `name: {option: value}`; a bare name takes the defaults."""
+    peft: dict[str, Any] | None = None
+    """Train adapters in place of the model: any field of PEFT's LoraConfig, such as {r: 16}; `peft_type` for another kind."""
     batch_size: int = 16
     """Examples per optimizer step over all processes; the same run on any number of processes."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +140,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     run.build_methods()
     if not isinstance(run.train["output_dir"], str) or not run.train["output_dir"].strip():
         raise UserError(f"{path}: train.output_dir must name a folder; it is {run.train['output_dir']!r}.")
+    for key, default in (("dtype", "float32"), ("quantize", None)):
+        if getattr(run.model, key) != default and run.peft is None:
+            raise UserError(
+                f"{path}: model.{key} is for weights that adapters leave as they are; add peft, such as peft: {{r: 16}}."
+            )
     if run.batch_size < 1:
         raise UserError(f"{path}: batch_size must be at least 1; it is {run.batch_size}.")
     return run
@@ -281,7 +293,13 @@ def _training_fields() -> list[str]:
     return re.findall(r"^    (\w+): .+=", source.partition("class TrainingArguments")[2], re.MULTILINE)
 
 
-NESTED = {"model": ModelConfig, "data": DataConfig, "early_stopping": EarlyStopping, "qa": QAOptions}
+NESTED = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "early_stopping": EarlyStopping,
+    "qa": QAOptions,
+    "lm": LMOptions,
+}
 """Sections of a run file that are dataclasses of their own."""
 
 

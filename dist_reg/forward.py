@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def wrap_forward(model: Any, handle: Any) -> Callable[[], None]:
-    """Let `model.forward` run through `handle.run_forward(call, args, kwargs, example_keys)` while it trains.
+    """Let `model.forward` run through `handle.run_forward(call, args, kwargs, example_keys, row_spans)` while it trains.
 
     The signature stays what it was: Transformers' Trainer drops columns by it. Returns what undoes the wrapping.
     """
@@ -23,12 +23,18 @@ def wrap_forward(model: Any, handle: Any) -> Callable[[], None]:
     signature = inspect.signature(original)
 
     # A bound method that reaches everything through its module, so that a deep copy of the model is whole.
-    def regularised(module: Any, *args: Any, example_keys: Tensor | None = None, **kwargs: Any) -> Any:
+    def regularised(
+        module: Any,
+        *args: Any,
+        example_keys: Tensor | None = None,
+        row_spans: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         call = functools.partial(type(module).forward, module) if previous is None else previous
         handle = getattr(module, "_dist_reg_handle", None)
         if handle is None or not module.training:
             return call(*args, **kwargs)
-        return handle.run_forward(call, args, kwargs, example_keys)
+        return handle.run_forward(call, args, kwargs, example_keys, row_spans)
 
     forward: Any = functools.update_wrapper(regularised, original)
     del forward.__wrapped__

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from dist_reg.adapters import ADAPTER_FILE, base_of, load_adapters, quantization, saved_names
 from dist_reg.backbone import EXTRA
 from dist_reg.config import ModelConfig
 from dist_reg.errors import UserError, nearest
@@ -36,6 +38,10 @@ def resolve_model(name: str) -> str:
             ) from None
         return str(get_model_path())
     path = Path(name).expanduser()
+    if (path / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"model: {name} holds adapters and no model; give the model that they belong to, and peft."
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: {name} holds no config.json, so it is not an exported model.")
@@ -87,9 +93,13 @@ def load_model(
                 type(tokenizer).__name__,
             )
         pad_with_end(tokenizer, settings)
+        held: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+        if config.quantize is not None:
+            place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+            held |= {"quantization_config": quantization(config.quantize), "device_map": {"": place}}
         with _quiet():
             model, info = getattr(transformers, model_class).from_pretrained(
-                source, config=settings, output_loading_info=True, dtype=torch.float32, **shared
+                source, config=settings, output_loading_info=True, **held, **shared
             )
     except UserError:
         raise
@@ -108,6 +118,20 @@ def load_model(
             body[0],
             len(body) - 1,
         )
+    return model, tokenizer
+
+
+def load_with_adapters(
+    config: ModelConfig, model_class: str, seed: int, **options: Any
+) -> tuple[Any, transformers.PreTrainedTokenizerBase]:
+    """As `load_model`, of a folder of trained adapters: the model they belong to, with them and what methods left beside them."""
+    folder = Path(config.name).expanduser()
+    model, tokenizer = load_model(replace(config, name=base_of(folder)), model_class, seed, **options)
+    fresh: Any = model.fresh_parameters
+    model = load_adapters(model, folder)
+    restore(model, folder)
+    saved = saved_names(folder)
+    model.fresh_parameters = [name for name in fresh if f"base_model.model.{name}" not in saved]
     return model, tokenizer
 
 

@@ -75,6 +75,15 @@ def token_spans(attention_mask: Tensor | None, batch: int, tokens: int, device: 
     return torch.stack((first, end), dim=1).to(torch.int32)
 
 
+def sequence_lengths(position_ids: Tensor) -> Tensor:
+    """How many tokens the example of every token has: int64 [B, T] from `position_ids` [B, T], which begin anew with each."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    example = starts.cumsum(1)
+    sizes = torch.zeros(len(example), example.shape[1] + 1, dtype=torch.int64, device=example.device)
+    return sizes.scatter_add_(1, example, torch.ones_like(example)).gather(1, example)
+
+
 def site_id(method: int, point: int, layer: int) -> int:
     """The 32-bit number of a place that takes noise: method (8 bits), point in the layer (8), layer (16).
 

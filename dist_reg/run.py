@@ -15,7 +15,9 @@ import transformers
 from transformers.trainer_callback import PrinterCallback
 
 from dist_reg import checkpoint
+from dist_reg.adapters import adapter_config, add_adapters, trained_share
 from dist_reg.config import RunConfig
+from dist_reg.ds_config import read_ds_config
 from dist_reg.errors import UserError, nearest, reason
 from dist_reg.export import export_model
 from dist_reg.kept import FILE, kept_methods
@@ -53,9 +55,13 @@ def train(run: RunConfig) -> dict[str, Any]:
         run, folder.checkpoints, main_metric=task.main_metric, greater_is_better=task.greater_is_better
     )
     transformers.set_seed(args.seed)
+    adapters = None if run.peft is None else adapter_config(run.peft, task.model_class)
+    check_quantized(run)
     model, tokenizer = load_model(
         run.model, task.model_class, args.seed, single_words=task.single_words, **task.model_kwargs()
     )
+    if adapters is not None:
+        model = add_adapters(model, adapters, args.seed)
     check_fit(run, task, model, args)
     length = task.length(run.data.max_length, tokenizer, positions(model))
     task = task.tokenize(tokenizer, length)
@@ -95,6 +101,7 @@ def train_in(
         "task": task.name,
         "model": run.model.name,
         "model_config": run.model.config,
+        "peft": run.peft,
         "methods": run.as_dict()["methods"],
         "seed": args.seed,
         "data_seed": run.data.seed,
@@ -102,6 +109,8 @@ def train_in(
         "counts": {name: dict(counts) for name, counts in task.counts.items()},
         "settings": settings(run),
         "main_metric": task.main_metric,
+        "main_metric_scale": "percent" if task.percent else "number",
+        "greater_is_better": task.greater_is_better,
         "selection": "best dev checkpoint" if args.load_best_model_at_end else "last step",
         "metrics": metrics,
         "timings": {
@@ -185,6 +194,7 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
         raise UserError(
             f"train.metric_for_best_model: {task.name} has no {args.metric_for_best_model!r}; {hint}"
         )
+    task.check_use(model)
     listed = [name for entry in run.methods for name in entry]
     for name in kept_methods(model):
         if name not in listed:
@@ -196,6 +206,17 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
 def positions(model: Any) -> int | None:
     """How many tokens the model has positions for, where it says so."""
     return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_quantized(run: RunConfig) -> None:
+    """Raise UserError where DeepSpeed would have to shard weights of 4 or 8 bits."""
+    if run.model.quantize is None or run.deepspeed is None:
+        return
+    stage = read_ds_config(run.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:
+        raise UserError(
+            f"model.quantize: {run.deepspeed} shards weights, which those of {run.model.quantize} do not allow; use zero2."
+        )
 
 
 def resumable(run: RunConfig, folder: RunDirectory, args: transformers.TrainingArguments) -> Path | None:
@@ -217,6 +238,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
     data = {key: value for key, value in whole["data"].items() if value is not None and key != "seed"}
     return {
         "model_revision": run.model.revision,
+        "weights": {"dtype": run.model.dtype, "quantize": run.model.quantize, "peft": run.peft},
         "batch_size": run.batch_size,
         "train": train,
         "data": data,
@@ -230,7 +252,8 @@ def evaluate(trainer: Trainer, task: Task) -> dict[str, dict[str, float]]:
     sets: dict[str, Any] = task.evaluation_sets
     for name, rows in sets.items():
         found = trainer.evaluate(rows, metric_key_prefix=name)
-        metrics[name] = {metric: found[f"{name}_{metric}"] for metric in (*task.metrics, "loss")}
+        known = [metric for metric in (*task.metrics, "loss") if f"{name}_{metric}" in found]
+        metrics[name] = {metric: found[f"{name}_{metric}"] for metric in known}
     return metrics
 
 
@@ -264,8 +287,9 @@ def describe(run: RunConfig, task: Task, trainer: Trainer) -> str:
     """What is about to be trained, in one line."""
     args = trainer.args
     methods = ", ".join(method.name for method in trainer.handle.methods) or "plain fine-tuning"
+    adapters = "" if run.peft is None else f", adapters: {trained_share(trainer.handle.model)}"
     return (
-        f"{task.name}: {task.examples} examples, {run.model.name}, {methods}; batch {run.batch_size} = "
+        f"{task.name}: {task.examples} examples, {run.model.name}{adapters}, {methods}; batch {run.batch_size} = "
         f"{args.world_size} processes x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps}, "
         f"{run.deepspeed or 'no deepspeed'}, gradients clipped at {args.max_grad_norm}"
     )

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
+SPANS = "row_spans"
+"""Of rows that hold several examples, see `dist_reg.tasks.packing`."""
 SAMPLING_STRATEGIES = ("random", "sequential")
 """Orders of examples that `EpochSampler` makes; the others depend on the topology."""
 
@@ -282,6 +284,11 @@ class Trainer(transformers.Trainer):
                 ID_BATCH,
                 ID_COLUMN,
             )
+        spans = inputs.pop(SPANS, None)
+        if spans is not None:  # Transformers tells packed examples apart only where it keeps no cache
+            inputs["use_cache"] = False
+            if model.training:
+                inputs[SPANS] = spans
         self.handle.task_weight = self._share_of_labels(inputs.get("labels")) if model.training else None
         step, every = self.state.global_step, max(1, int(self.state.logging_steps or 1))
         self.handle.measure = step == 0 or (step + 1) % every == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     import torch
     import transformers
 
+    from dist_reg.adapters import ADAPTER_FILE
     from dist_reg.config import ModelConfig
-    from dist_reg.model import load_model
+    from dist_reg.model import load_model, load_with_adapters
     from dist_reg.run import evaluate as evaluate_sets
     from dist_reg.run import positions, score
     from dist_reg.runtime import prepare_process
@@ -80,7 +82,10 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     prepare_process(deepspeed=False)
     task = load_task(run.task, run.data)
     source = ModelConfig(name=str(folder), trust_remote_code=run.model.trust_remote_code)
-    model, tokenizer = load_model(source, task.model_class, seed=0, single_words=task.single_words)
+    load = load_with_adapters if (folder / ADAPTER_FILE).is_file() else load_model
+    if load is load_with_adapters:
+        source = replace(run.model, name=str(folder))
+    model, tokenizer = load(source, task.model_class, seed=0, single_words=task.single_words)
     fresh: Any = model.fresh_parameters
     if fresh:
         raise UserError(f"eval: {folder} holds no trained {fresh[0]}; give a fine-tuned model.")

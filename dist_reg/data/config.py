@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from dist_reg.data.lm import LMOptions
 from dist_reg.data.squad import QAOptions
 from dist_reg.errors import UserError
 
@@ -69,6 +70,8 @@ class DataConfig:
     """Path of the training file, csv, tsv, jsonl or parquet, for `ner` and `pos` also CoNLL; a GLUE task knows its own."""
     dev: str | None = None
     """Path of the development file."""
+    dev_fraction: float | None = None
+    """In place of `dev`, for tasks on files of your own: the share of the training rows that is held out for it."""
     text: str | None = None
     """Column with the sentence, or the first of a pair; `text` if not given. With `ner` and `pos` its tokens; `tokens` if not."""
     text_pair: str | None = None
@@ -87,10 +90,12 @@ class DataConfig:
     seed: int = 0
     """Of the samples; independent of the run's seed, so that runs with several seeds see the same rows."""
     max_length: int | None = None
-    """Longest input in tokens; longer ones are cut, contexts of questions into windows. 128 if not given, 384 for questions, or
-    what the model takes where that is less."""
+    """Longest input in tokens; longer ones are cut, contexts of questions into windows. 128 if not given, 384 for questions, 1024
+    for language models, or what the model takes where that is less."""
     qa: QAOptions | None = None
     """Options of question answering."""
+    lm: LMOptions | None = None
+    """Options of causal language models."""
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -99,6 +104,12 @@ class DataConfig:
         for name in ("data_dir", "train", "dev", "text", "text_pair", "label"):
             if getattr(self, name) == "":
                 raise UserError(f"data.{name} is empty; name it, or leave it out")
+        if self.dev_fraction is not None and not 0 < self.dev_fraction < 1:
+            raise UserError(f"data.dev_fraction is {self.dev_fraction}, must lie between 0 and 1")
+        if self.dev_fraction is not None and self.dev is not None:
+            raise UserError(
+                f"data.dev {self.dev!r} and data.dev_fraction {self.dev_fraction} are both given; keep one"
+            )
         if self.hub is not None and self.data_dir is not None:
             raise UserError(
                 f"data.hub {self.hub!r} and data.data_dir {self.data_dir!r} are both given; keep one"

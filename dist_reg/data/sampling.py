@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+from dist_reg.data.table import Table
 from dist_reg.errors import UserError
 
 _QUANTILE_BINS = 5
+_HELD_OUT = -1
+"""In place of a seed: no sample is drawn with it."""
 
 
 def sample_rows(
@@ -39,6 +42,36 @@ def sample_rows(
     for rows, count in zip(strata.values(), counts):
         chosen += sorted(rows, key=lambda row: _rank(seed, row))[:count]
     return sorted(chosen)
+
+
+def hold_out(table: Table, fraction: float, groups: Sequence[Hashable] | None = None) -> tuple[Table, Table]:
+    """`table` without about `fraction` of its rows, and those: the same ones whatever the seed of the samples.
+
+    Args:
+        groups: of every row; the rows of a group stay together, as the questions on one passage must.
+
+    Raises:
+        UserError: either part would be empty.
+    """
+    of_row = list(range(len(table))) if groups is None else list(groups)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(of_row))}
+    held: set[Hashable] = set()
+    count, sizes = 0, dict.fromkeys(numbers, 0)
+    for group in of_row:
+        sizes[group] += 1
+    for group in sorted(numbers, key=lambda group: _rank(_HELD_OUT, numbers[group])):
+        if count >= fraction * len(table):
+            break
+        held.add(group)
+        count += sizes[group]
+    if not 0 < count < len(table):
+        raise UserError(
+            f"{table.source} has too few rows ({len(table)}) to hold out data.dev_fraction {fraction} of them"
+        )
+    parts = [
+        [row for row, group in enumerate(of_row) if (group in held) == wanted] for wanted in (False, True)
+    ]
+    return table.take(parts[0]), table.take(parts[1])
 
 
 def quantile_bins(values: Sequence[float], samples: int) -> list[int]:

@@ -28,6 +28,11 @@ class Table:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def take(self, rows: Sequence[int]) -> Table:
+        """The rows of these numbers (from 0), in this order."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return replace(self, columns=columns, lines=[self.lines[row] for row in rows])
+
     def where(self, index: int) -> str:
         """The place of row `index` (from 0) for a message: `train.csv, line 7`."""
         return f"{self.source}, {self.unit} {self.lines[index]}"

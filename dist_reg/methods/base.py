@@ -58,6 +58,8 @@ class Step:
     """[2B, ...] once a forward with doubled inputs is through, clean half first."""
     span_logits: tuple[Tensor, Tensor] | None = None
     """[2B, T] each, of the first and the last token of an answer, where that is what the model predicts."""
+    sequence_lengths: Tensor | None = None
+    """int64 [B, T], tokens of the example that a token belongs to, where rows hold several; else None."""
     task_weight: Tensor | None = None
     """What the task's loss counts for, where a mean over labels must not depend on how they are cut into micro-batches."""
     task_loss: Tensor | None = None

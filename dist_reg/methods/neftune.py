@@ -2,7 +2,8 @@
 
     e + alpha / sqrt(L D) * U(-1, 1)          section 2, algorithm 1
 
-L is the example's number of real tokens, D the width of the embeddings; in training only.
+L is the example's number of real tokens (of rows that hold several, each one's own), D the width of the embeddings; in
+training only.
 """
 
 from __future__ import annotations
@@ -66,12 +67,14 @@ class NEFTune(Method):
             spans=step.spans,
             distribution="uniform",
         )
-        if step.spans is None:
-            lengths = torch.full((batch,), tokens, device=embedded.device)
+        if step.sequence_lengths is not None:
+            lengths = step.sequence_lengths
+        elif step.spans is None:
+            lengths = torch.full((batch, 1), tokens, device=embedded.device)
         else:
-            lengths = (step.spans[:, 1] - step.spans[:, 0]).clamp(min=1)
+            lengths = (step.spans[:, 1:] - step.spans[:, :1]).clamp(min=1)
         scale = self.alpha / (lengths * channels).float().sqrt()
-        noisy = (embedded + scale[:, None, None] * unit).to(embedded.dtype)
+        noisy = (embedded + scale[..., None] * unit).to(embedded.dtype)
         if step.measure:
             step.values["neftune/noise_survival", 0] = noise_survival(embedded, noisy, step.spans)
         return noisy

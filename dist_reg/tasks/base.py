@@ -30,7 +30,7 @@ class Task(ABC):
 
     name: str
     kind: str
-    """`classification`, `regression`, `ner`, `pos` or `qa`; decides loss, label dtype and metrics."""
+    """`classification`, `regression`, `ner`, `pos`, `qa` or `lm`; decides loss, label dtype and metrics."""
     train: Dataset
     dev: Dataset
     eval_sets: Mapping[str, Dataset] = field(default_factory=dict)
@@ -54,8 +54,16 @@ class Task(ABC):
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether a larger main metric is better; true of every metric here."""
+        """Whether a larger main metric is better."""
         return True
+
+    @property
+    def percent(self) -> bool:
+        """Whether the main metric is a share, to be shown in percent."""
+        return True
+
+    def check_use(self, model: Any) -> None:  # noqa: B027
+        """That `model` can do what the options of the task ask for. Raises UserError where it cannot."""
 
     @property
     def evaluation_sets(self) -> dict[str, Dataset]:

@@ -14,10 +14,12 @@ from dist_reg.data.demo_task import demo_rows
 from dist_reg.data.files import read_table
 from dist_reg.data.glue import GLUE, plain_name, read_glue
 from dist_reg.data.hub import read_hub
+from dist_reg.data.sampling import hold_out
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError, nearest
 from dist_reg.tasks.base import Task
 from dist_reg.tasks.labels import class_ids, find_label_names, scores
+from dist_reg.tasks.lm_loading import own_lm
 from dist_reg.tasks.qa_loading import QA
 from dist_reg.tasks.sequence import SequenceTask, make_dataset
 from dist_reg.tasks.tagging import TAGGING
@@ -36,6 +38,10 @@ def load_task(name: str | None, config: DataConfig) -> Task:
         raise UserError(f"unknown task {name!r}; {nearest(key, list(TASKS))}")
     if config.qa is not None and key not in QA:
         raise UserError(f"data.qa has no use with task {key}; it is for {', '.join(QA)}")
+    if config.lm is not None and key != "lm":
+        raise UserError(f"data.lm has no use with task {key}; it is for lm")
+    if config.dev_fraction is not None and key not in OWN_FILES:
+        raise UserError(f"data.dev_fraction has no use with task {key}, which has a development set")
     return TASKS[key](config)
 
 
@@ -100,9 +106,11 @@ def _glue(name: str, config: DataConfig) -> Task:
 
 def _own(kind: str, config: DataConfig) -> Task:
     text, label = config.text or "text", config.label or "label"
-    train = _own_table(kind, "train", config.train, "train", config)
-    dev = _own_table(kind, "dev", config.dev, "validation", config)
-    train, dev = (table.select(text, config.text_pair, label) for table in (train, dev))
+    train = _own_table(kind, "train", config.train, "train", config).select(text, config.text_pair, label)
+    if config.dev_fraction is not None:
+        train, dev = hold_out(train, config.dev_fraction)
+    else:
+        dev = _own_table(kind, "dev", config.dev, "validation", config).select(text, config.text_pair, label)
     classes = kind == "classification"
     source = _Source(
         name=kind,
@@ -125,8 +133,12 @@ TASKS: dict[str, Callable[[DataConfig], Task]] = {
     "regression": partial(_own, "regression"),
     **TAGGING,
     **QA,
+    "lm": own_lm,
 }
 """Every task by name, with what loads it."""
+
+OWN_FILES = ("classification", "regression", "ner", "pos", "qa", "lm")
+"""Tasks on files of the user's own."""
 
 
 def _build(source: _Source, config: DataConfig) -> Task:
@@ -212,7 +224,10 @@ def _own_table(kind: str, split: str, value: str | None, hub_split: str, config:
         instead = "give local files under data.train and data.dev"
         return read_hub(config.hub, config.hub_config, value or hub_split, instead=instead)
     if value is None:
-        raise UserError(f"task {kind} needs data.{split}, the path of a csv, tsv, jsonl or parquet file")
+        rest = ", or data.dev_fraction" if split == "dev" else ""
+        raise UserError(
+            f"task {kind} needs data.{split}, the path of a csv, tsv, jsonl or parquet file{rest}"
+        )
     return read_table(_path(value, config.data_dir) or value, quoting=config.quoting)
 
 

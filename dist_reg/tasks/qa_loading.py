@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.hub import read_hub
+from dist_reg.data.sampling import hold_out
 from dist_reg.data.squad import QAOptions, questions_of, read_questions
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
@@ -29,7 +30,10 @@ def own_qa(config: DataConfig) -> Task:
     tables = {}
     for split, hub_split in (("train", "train"), ("dev", "validation")):
         value = getattr(config, split)
-        if config.hub is not None:
+        if split == "dev" and config.dev_fraction is not None:
+            train = tables["train"]
+            tables["train"], tables["dev"] = hold_out(train, config.dev_fraction, train.columns["context"])
+        elif config.hub is not None:
             instead = "give local files under data.train and data.dev"
             tables[split] = questions_of(
                 read_hub(config.hub, config.hub_config, value or hub_split, instead=instead)
@@ -37,6 +41,7 @@ def own_qa(config: DataConfig) -> Task:
         elif value is None:
             raise UserError(
                 f"task qa needs data.{split}, the path of SQuAD's json, or of a csv, jsonl or parquet file"
+                + (", or data.dev_fraction" if split == "dev" else "")
             )
         else:
             tables[split] = _read(value, config.data_dir, config.quoting)

@@ -14,6 +14,7 @@ from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.conll import read_conll
 from dist_reg.data.files import FORMATS, read_table
 from dist_reg.data.hub import read_hub
+from dist_reg.data.sampling import hold_out
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
 from dist_reg.tasks.base import Task
@@ -35,6 +36,9 @@ def own_tagging(kind: str, config: DataConfig) -> Task:
     tables = {}
     for split, hub_split in (("train", "train"), ("dev", "validation")):
         value = getattr(config, split)
+        if split == "dev" and config.dev_fraction is not None:
+            tables["train"], tables["dev"] = hold_out(tables["train"], config.dev_fraction)
+            continue
         if config.hub is not None:
             instead = "give local files under data.train and data.dev"
             table = read_hub(config.hub, config.hub_config, value or hub_split, instead=instead)
@@ -42,6 +46,7 @@ def own_tagging(kind: str, config: DataConfig) -> Task:
         elif value is None:
             raise UserError(
                 f"task {kind} needs data.{split}, the path of a CoNLL, csv, tsv, jsonl or parquet file"
+                + (", or data.dev_fraction" if split == "dev" else "")
             )
         else:
             tables[split] = read_sentences(value, config.data_dir, config, kind)

@@ -78,7 +78,7 @@ def test_real_data_and_a_real_encoder(tmp_path, stage, method):
         },
         "methods": ["hype", method],
         "batch_size": 16,
-        "train": {"max_steps": 3, "eval_strategy": "no"},
+        "train": {"max_steps": 5, "learning_rate": 5e-4, "eval_strategy": "no"},
     }
     results = train(tmp_path, stage, 2, run_file, stage)
     assert results["counts"]["dev"]["rows"] == 20

@@ -229,7 +229,10 @@ def test_noise_that_rounding_swallows_is_reported(caplog):
 @pytest.mark.parametrize("method", [RDrop(), R3F()])
 def test_refusals(method):
     model, inputs = build("bert"), batch("bert", labels=False)
-    with regularize(model, [method]), pytest.raises(UserError, match=f"{method.name} compares .* needs the labels"):
+    with (
+        regularize(model, [method]),
+        pytest.raises(UserError, match=f"{method.name} compares .* needs the labels"),
+    ):
         model(**inputs)
     model = build("bert", problem_type="multi_label_classification")
     several = {**batch("bert"), "labels": torch.ones(4, 3)}

@@ -36,7 +36,7 @@ def three_way(tmp_path) -> DataConfig:
 def test_registry():
     glue = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
     assert set(TASKS) - glue == {
-        "demo", "classification", "regression", "ner", "pos", "wnut17", "qa", "squad", "squad_v2",
+        "demo", "classification", "regression", "ner", "pos", "wnut17", "qa", "squad", "squad_v2", "lm",
     }  # fmt: skip
     with pytest.raises(UserError, match="unknown task 'sst3'; did you mean 'sst2'"):
         load_task("sst3", DataConfig())

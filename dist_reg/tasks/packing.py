@@ -1,0 +1,103 @@
+"""Several examples in one row: which ones, and the batches of such rows.
+
+A row is told apart by its position ids, which begin anew with every example: Transformers' attention masks then let no token
+see another example (`find_packed_sequence_indices` in its masking_utils), and rotary or learned positions are those of the
+example alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dist_reg.errors import UserError
+from dist_reg.streams import IGNORED
+from dist_reg.tasks.base import EXAMPLE_ID
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which examples share a row of `capacity` tokens, by best-fit decreasing: at most 11/9 of the rows needed, plus one.
+
+    Examples of a row are in the order of the set, and rows in that of their first example: a function of the lengths alone.
+    """
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    found: list[list[int]] = []
+    for example in sorted(range(len(lengths)), key=lambda example: (-lengths[example], example)):
+        length = lengths[example]
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place == len(rooms):
+            found.append([])
+            room, number = capacity, len(found) - 1
+        else:
+            room, number = rooms.pop(place)
+        found[number].append(example)
+        bisect.insort(rooms, (room - length, number))
+    return sorted(sorted(own) for own in found)
+
+
+def pack(rows: Dataset, capacity: int) -> Dataset:
+    """The tokenized examples `rows` (`input_ids`, `label`, `example_id`), several in a row of at most `capacity` tokens.
+
+    A row has the id of its first example, and `position_ids`. The first token of an example has no label: nothing of its own
+    stands before it.
+    """
+    from datasets import Dataset
+
+    ids, labels, names = rows["input_ids"], rows["label"], rows[EXAMPLE_ID]
+    columns: dict[str, list[Any]] = {"input_ids": [], "label": [], "position_ids": [], EXAMPLE_ID: []}
+    for own in bins([len(one) for one in ids], capacity):
+        columns["input_ids"].append([token for example in own for token in ids[example]])
+        columns["label"].append([label for example in own for label in (IGNORED, *labels[example][1:])])
+        columns["position_ids"].append([place for example in own for place in range(len(ids[example]))])
+        columns[EXAMPLE_ID].append(names[own[0]])
+    return Dataset.from_dict(columns)
+
+
+def check_keeps_examples_apart(model: Any) -> None:
+    """Raise UserError for a model whose attention does not follow its position ids."""
+    from dist_reg.backbone import find_backbone
+
+    base = find_backbone(model).base
+    try:
+        source = inspect.getsource(type(base).forward)
+    except (OSError, TypeError):
+        source = ""
+    if "create_causal_mask" not in source or "position_ids" not in source:
+        raise UserError(
+            f"data.lm.packing: {type(base).__name__} takes several examples in a row for one; set packing: false"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCollator:
+    """Batches of packed rows.
+
+    Out: `input_ids`, `labels` (padded with -100) and `position_ids` [B, T], `row_spans` int32 [B, 2] in place of an attention
+    mask (with which Transformers would not tell examples apart), `example_ids` int64 [B]. Padding is an example of its own
+    behind the others.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        longest = max(len(row["input_ids"]) for row in features)
+        pad = self.tokenizer.pad_token_id
+        missing = [longest - len(row["input_ids"]) for row in features]
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [pad] * n for row, n in zip(features, missing)]),
+            "labels": torch.tensor([row["label"] + [IGNORED] * n for row, n in zip(features, missing)]),
+            "position_ids": torch.tensor(
+                [row["position_ids"] + list(range(n)) for row, n in zip(features, missing)]
+            ),
+            "row_spans": torch.tensor([[0, longest - n] for n in missing], dtype=torch.int32),
+            "example_ids": torch.tensor([row[EXAMPLE_ID] for row in features], dtype=torch.int64),
+        }
