@@ -97,6 +97,7 @@ def train_in(
     steps = trainer.state.global_step - (checkpoint.step_of(resume) if resume else 0)
     trainer.remove_callback(transformers.EarlyStoppingCallback)
     metrics = evaluate(trainer, task)
+    domains = task.by_domain(metrics)
     results = {
         "task": task.name,
         "model": run.model.name,
@@ -113,6 +114,7 @@ def train_in(
         "greater_is_better": task.greater_is_better,
         "selection": "best dev checkpoint" if args.load_best_model_at_end else "last step",
         "metrics": metrics,
+        **({} if domains is None else {"domains": domains}),
         "timings": {
             "train_seconds": seconds,
             "steps": trainer.state.global_step,
@@ -135,6 +137,12 @@ def train_in(
         folder.finish(results)
     trainer.accelerator.wait_for_everyone()
     say_scores(metrics)
+    if domains is not None:
+        say(
+            "  ".join(
+                f"{key.replace('_', '-')} {domains[key]:.4f}" for key in ("in_domain", "out_of_domain", "gap")
+            )
+        )
     say(f"results in {folder.results_file}, model in {folder.model}")
     return results
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from dist_reg.data.lm import LMOptions
 from dist_reg.data.squad import QAOptions
@@ -29,7 +29,13 @@ class EvalSet:
     text_pair: str | None = None
     label: str | None = None
     label_map: dict[str, str] | None = None
-    """From the labels of this set to those of training, where they differ, e.g. three-way to two-way."""
+    """From the labels of this set to those of training, where this set has more or calls them otherwise, e.g. three-way to
+    two-way."""
+    prediction_map: dict[str, str] | None = None
+    """From every label of training to one of this set, where training has more of them: what the model predicts is scored as
+    that, e.g. both `neutral` and `contradiction` as `not_entailment`."""
+    domain: Literal["in", "out"] = "out"
+    """Whether the rows are of the training set's domain, as those of a test set are, or of another."""
     quoting: bool | None = None
     """As in `DataConfig`, which it defaults to."""
     samples: int | None = None

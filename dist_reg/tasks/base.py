@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from dist_reg.data.config import DataConfig
     from dist_reg.tasks.collator import Collator
 
 EXAMPLE_ID = "example_id"
@@ -35,6 +36,8 @@ class Task(ABC):
     dev: Dataset
     eval_sets: Mapping[str, Dataset] = field(default_factory=dict)
     """Further evaluation sets by name."""
+    domains: Mapping[str, str] = field(default_factory=dict)
+    """`in` or `out` by further evaluation set, of the training set's domain or not; `out` where it says nothing."""
     metrics: tuple[str, ...]
     """Names of the task's metrics; the first one is the main metric."""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -69,6 +72,30 @@ class Task(ABC):
     def evaluation_sets(self) -> dict[str, Dataset]:
         """`dev` and the further evaluation sets, by name."""
         return {"dev": self.dev, **self.eval_sets}
+
+    def name_of(self, rows: Dataset) -> str | None:
+        """The name of the evaluation set that `rows` are, the very object."""
+        return next((name for name, own in self.evaluation_sets.items() if own is rows), None)
+
+    def by_domain(self, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+        """Means of the main metric over the sets in and out of domain, and how much the former is more; None without the latter.
+
+        In domain are the sets that say so, such as a test set; `dev` only where there is no other.
+        """
+        out = [name for name in self.eval_sets if self.domains.get(name, "out") == "out"]
+        inside = [name for name in self.eval_sets if name not in out] or ["dev"]
+        if not out:
+            return None
+        mean_in, mean_out = (
+            sum(metrics[name][self.main_metric] for name in names) / len(names) for names in (inside, out)
+        )
+        return {
+            "metric": self.main_metric,
+            "in_domain": mean_in,
+            "out_of_domain": mean_out,
+            "gap": mean_in - mean_out,
+            "sets": {"in": inside, "out": out},
+        }
 
     @property
     def examples(self) -> int:
@@ -148,6 +175,11 @@ class Task(ABC):
         train = self.trainable(encoded)
         counts["train"]["rows_left_out"] = len(encoded) - len(train)
         return replace(self, train=train, dev=sets.pop("dev"), eval_sets=sets, counts=counts)
+
+
+def domains_of(config: DataConfig) -> dict[str, str]:
+    """The domains of the evaluation sets that a run file names."""
+    return {name: eval_set.domain for name, eval_set in config.eval.items()}
 
 
 _ROWS_AT_ONCE = 10_000

@@ -74,6 +74,52 @@ def class_ids(
     return [ids[label] for label in labels]
 
 
+def merged_ids(
+    table: Table,
+    label_names: tuple[str, ...],
+    prediction_map: Mapping[str, str],
+    *,
+    set_name: str,
+    label_map: Mapping[str, str] | None = None,
+) -> tuple[list[int], tuple[int, ...]]:
+    """The class of each row of a set with fewer labels than training, and the class that each class of training counts as.
+
+    A label of the set is stood for by the first class of training that `prediction_map` maps to it.
+
+    Raises:
+        UserError: a class of training that the map leaves out, or a label that it maps nothing to.
+    """
+    where = f"data.eval.{set_name}.prediction_map"
+    for name in label_names:
+        if name not in prediction_map:
+            raise UserError(
+                f"{where} leaves out {name!r}; it needs every label of training: {', '.join(label_names)}"
+            )
+    for name in prediction_map:
+        if name not in label_names:
+            raise UserError(f"{where} names {name!r}, no label of training; {nearest(name, label_names)}")
+    first: dict[str, int] = {}
+    for i, name in enumerate(label_names):
+        first.setdefault(prediction_map[name], i)
+    renamed = label_map or {}
+    labels = [label_text(label) for label in table.labels("label")]
+    for old in renamed:
+        if old not in labels:
+            raise UserError(
+                f"data.eval.{set_name}.label_map names {old!r}, no label of that set; {nearest(old, sorted(set(labels)))}"
+            )
+    ids = []
+    for row, label in enumerate(labels):
+        own = renamed.get(label, label)
+        if own not in first:
+            raise UserError(
+                f"set {set_name!r} ({table.where(row)}) has the label {own!r}, to which {where} maps nothing; "
+                f"{nearest(own, list(first))}"
+            )
+        ids.append(first[own])
+    return ids, tuple(first[prediction_map[name]] for name in label_names)
+
+
 def _check_label_map(
     label_map: Mapping[str, str], set_name: str, labels: set[str], ids: Mapping[str, int]
 ) -> None:

@@ -11,7 +11,7 @@ from dist_reg.data.lm import LMOptions, examples_of, form_of, read_rows
 from dist_reg.data.sampling import hold_out
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
-from dist_reg.tasks.base import Task
+from dist_reg.tasks.base import Task, domains_of
 from dist_reg.tasks.lm import FORMS, LMTask, make_dataset
 
 
@@ -46,6 +46,7 @@ def own_lm(config: DataConfig) -> Task:
         train=datasets.pop("train"),
         dev=datasets.pop("dev"),
         eval_sets=datasets,
+        domains=domains_of(config),
         metrics=("perplexity", "token_accuracy"),
     )
 
@@ -77,7 +78,7 @@ def _read(file: str, data_dir: str | None, quoting: bool | None) -> Table:
 def _read_eval_set(name: str, eval_set: EvalSet, config: DataConfig) -> Table:
     if eval_set.file is None:
         raise UserError(f"data.eval.{name} needs `file` with task lm, not `task`")
-    for option in ("text", "text_pair", "label", "label_map"):
+    for option in ("text", "text_pair", "label", "label_map", "prediction_map"):
         if getattr(eval_set, option) is not None:
             raise UserError(
                 f"data.eval.{name}.{option} has no use with task lm: its rows are of the form of the training set's"

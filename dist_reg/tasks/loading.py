@@ -17,8 +17,8 @@ from dist_reg.data.hub import read_hub
 from dist_reg.data.sampling import hold_out
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError, nearest
-from dist_reg.tasks.base import Task
-from dist_reg.tasks.labels import class_ids, find_label_names, scores
+from dist_reg.tasks.base import Task, domains_of
+from dist_reg.tasks.labels import class_ids, find_label_names, merged_ids, scores
 from dist_reg.tasks.lm_loading import own_lm
 from dist_reg.tasks.qa_loading import QA
 from dist_reg.tasks.sequence import SequenceTask, make_dataset
@@ -54,7 +54,7 @@ class _Source:
     train: Table
     dev: Table
     extra: dict[str, Table] = field(default_factory=dict)
-    """Evaluation sets that belong to the task."""
+    """Evaluation sets that belong to the task, out of domain."""
     label_names: tuple[str, ...]
     ids_allowed: bool = False
     metrics: tuple[str, ...]
@@ -149,12 +149,17 @@ def _build(source: _Source, config: DataConfig) -> Task:
         tables[name] = _read_eval_set(name, eval_set, config, source)
     samples = {name: eval_set.samples for name, eval_set in config.eval.items()}
     samples |= {"train": config.train_samples, "dev": config.dev_samples}
-    datasets = {}
+    datasets, merged = {}, {}
     for name, table in tables.items():
         label_map = config.eval[name].label_map if name in config.eval else None
+        prediction_map = config.eval[name].prediction_map if name in config.eval else None
         labels: list[int] | list[float]
         if source.kind == "regression":
             labels = scores(table)
+        elif prediction_map is not None:
+            labels, merged[name] = merged_ids(
+                table, source.label_names, prediction_map, set_name=name, label_map=label_map
+            )
         else:
             labels = class_ids(
                 table,
@@ -172,12 +177,15 @@ def _build(source: _Source, config: DataConfig) -> Task:
         eval_sets=datasets,
         label_names=source.label_names,
         metrics=source.metrics,
+        merged=merged,
+        domains=domains_of(config),
     )
 
 
 def _read_eval_set(name: str, eval_set: EvalSet, config: DataConfig, source: _Source) -> Table:
-    if source.kind == "regression" and eval_set.label_map is not None:
-        raise UserError(f"data.eval.{name} has a label_map, which a regression task has no use for")
+    for option in ("label_map", "prediction_map"):
+        if source.kind == "regression" and getattr(eval_set, option) is not None:
+            raise UserError(f"data.eval.{name} has a {option}, which a regression task has no use for")
     data_dir = eval_set.data_dir or config.data_dir
     if eval_set.file is not None:
         quoting = config.quoting if eval_set.quoting is None else eval_set.quoting

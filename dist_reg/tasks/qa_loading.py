@@ -12,7 +12,7 @@ from dist_reg.data.sampling import hold_out
 from dist_reg.data.squad import QAOptions, questions_of, read_questions
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
-from dist_reg.tasks.base import Task
+from dist_reg.tasks.base import Task, domains_of
 from dist_reg.tasks.qa import QATask, make_dataset
 
 SQUAD = {
@@ -98,6 +98,7 @@ def _build(name: str, tables: dict[str, Table], config: DataConfig) -> Task:
         train=datasets.pop("train"),
         dev=datasets.pop("dev"),
         eval_sets=datasets,
+        domains=domains_of(config),
         metrics=(*METRICS, *(METRICS_WITHOUT_ANSWERS if some_without else ())),
         options=config.qa or QAOptions(),
     )
@@ -106,7 +107,7 @@ def _build(name: str, tables: dict[str, Table], config: DataConfig) -> Task:
 def _read_eval_set(task: str, name: str, eval_set: EvalSet, config: DataConfig) -> Table:
     if eval_set.file is None:
         raise UserError(f"data.eval.{name} needs `file` with task {task}, not `task`")
-    for option in ("text", "text_pair", "label", "label_map"):
+    for option in ("text", "text_pair", "label", "label_map", "prediction_map"):
         if getattr(eval_set, option) is not None:
             raise UserError(
                 f"data.eval.{name}.{option} has no use with task {task}: questions have no labels"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from dist_reg.data.sampling import quantile_bins, sample_rows
 from dist_reg.data.table import Table
 from dist_reg.tasks.base import EXAMPLE_ID, Task
+from dist_reg.tasks.metrics import check_finite, compute
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +30,8 @@ class SequenceTask(Task):
 
     label_names: tuple[str, ...]
     """Class names in the order of their ids; `("score",)` for regression."""
+    merged: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By evaluation sets with fewer labels than training: what each class counts as there, see `merged_ids`."""
 
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
@@ -51,6 +56,22 @@ class SequenceTask(Task):
         """Token ids, mask and (where the tokenizer has them) token types, with `label`."""
         encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
         return {**encoded, "label": rows["label"]}
+
+    def compute_metrics(self, predictions: Any, labels: Any, rows: Dataset) -> dict[str, float]:
+        """Metrics of logits [N, C] against labels [N]; where classes count as others, of the likeliest class's, with the loss of
+        the sum of their probabilities."""
+        from scipy.special import logsumexp
+
+        merged = self.merged.get(self.name_of(rows) or "")
+        if merged is None or len(predictions) == 0:
+            return super().compute_metrics(predictions, labels, rows)
+        logits = np.asarray(predictions, dtype=np.float64)
+        check_finite(logits)
+        counts_as = np.array(merged)
+        found = np.eye(len(merged))[counts_as[logits.argmax(-1)]]
+        right = np.where(counts_as == np.asarray(labels)[:, None], logits, -np.inf)
+        loss = float((logsumexp(logits, -1) - logsumexp(right, -1)).mean())
+        return {**compute(self.metrics, found, labels), "loss": loss}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """A `Collator` with labels as int64 class ids or float32 scores."""

@@ -17,7 +17,7 @@ from dist_reg.data.hub import read_hub
 from dist_reg.data.sampling import hold_out
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
-from dist_reg.tasks.base import Task
+from dist_reg.tasks.base import Task, domains_of
 from dist_reg.tasks.tags import check_sentences, find_tag_names, tag_ids
 from dist_reg.tasks.tokens import TokenTask, make_dataset
 
@@ -145,16 +145,19 @@ def _parsed(cell: str) -> list[Any]:
 
 
 def _build(name: str, kind: str, tables: dict[str, Table], config: DataConfig) -> Task:
+    own_domains = dict.fromkeys((split for split in tables if split not in ("train", "dev")), "in")
     entities = kind == "ner"
     for set_name, eval_set in config.eval.items():
         if set_name in tables:
             raise UserError(f"data.eval.{set_name} has the name of a set of task {name}; rename it")
         if eval_set.file is None:
             raise UserError(f"data.eval.{set_name} needs `file` with task {name}, not `task`")
-        if eval_set.text_pair is not None:
-            raise UserError(
-                f"data.eval.{set_name}.text_pair has no use with task {name}: a sentence has no pair"
-            )
+        for option, why in (
+            ("text_pair", "a sentence has no pair"),
+            ("prediction_map", "tags are mapped by label_map"),
+        ):
+            if getattr(eval_set, option) is not None:
+                raise UserError(f"data.eval.{set_name}.{option} has no use with task {name}: {why}")
         folder = eval_set.data_dir or config.data_dir
         tables[set_name] = read_sentences(eval_set.file, folder, _columns_of(eval_set, config), kind)
     if config.text_pair is not None:
@@ -175,6 +178,7 @@ def _build(name: str, kind: str, tables: dict[str, Table], config: DataConfig) -
         train=datasets.pop("train"),
         dev=datasets.pop("dev"),
         eval_sets=datasets,
+        domains={**own_domains, **domains_of(config)},
         label_names=names,
         metrics=METRICS[kind],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
@@ -251,3 +252,117 @@ def test_wrong_data_section(data, message):
 def test_data_section_from_a_run_file():
     config = READ({"train_samples": 100, "eval": {"x": {"file": "x.csv", "label_map": {0: "no", 1: "yes"}}}})
     assert config.eval["x"].label_map == {"0": "no", "1": "yes"}
+
+
+THREE_TO_TWO = {"yes": "yes", "no": "not yes", "maybe": "not yes"}
+
+
+def test_predictions_of_three_classes_are_scored_as_two(three_way, tmp_path):
+    (tmp_path / "two.csv").write_text("text,label\na,yes\nb,not yes\nc,not yes\nd,1\n")
+    two = EvalSet(file="two.csv", prediction_map=THREE_TO_TWO, label_map={"1": "yes"})
+    task = load_task("classification", change(three_way, eval={"two": two})).tokenize(tokenizer(), 8)
+    assert task.label_names == ("maybe", "no", "yes")
+    rows = task.eval_sets["two"]
+    assert rows["label"] == [2, 0, 0, 2]  # "not yes" is stood for by the first class that counts as it
+    logits = np.log([[0.3, 0.3, 0.4], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]])
+    scores = task.compute_metrics(logits, np.array(rows["label"]), rows)
+    assert (
+        scores["accuracy"] == 0.75
+    )  # the likeliest class counts, and not that both others together are likelier
+    assert scores["loss"] == pytest.approx(-np.log([0.4, 0.9, 0.4, 0.8]).mean())
+    dev = task.compute_metrics(logits[:1], np.array([2]), task.dev)
+    assert dev == {"accuracy": 1.0, "macro_f1": 1.0}
+    with pytest.raises(UserError, match="NaN logits in 4 of 4"):
+        task.compute_metrics(logits * np.nan, np.array(rows["label"]), rows)
+
+
+def test_prediction_maps_that_do_not_fit(three_way, tmp_path):
+    (tmp_path / "two.csv").write_text("text,label\na,yes\nb,not yes\n")
+    for changes, message in (
+        (
+            {"prediction_map": {"yes": "yes", "no": "no"}},
+            "prediction_map leaves out 'maybe'; it needs every label",
+        ),
+        (
+            {"prediction_map": {**THREE_TO_TWO, "nope": "a"}},
+            "names 'nope', no label of training; did you mean 'no'",
+        ),
+        (
+            {"prediction_map": dict.fromkeys(THREE_TO_TWO, "yes")},
+            "line 3.* has the label 'not yes', to which",
+        ),
+        (
+            {"prediction_map": THREE_TO_TWO, "label_map": {"x": "yes"}},
+            "label_map names 'x', no label of that set",
+        ),
+    ):
+        config = change(three_way, eval={"two": EvalSet(file="two.csv", **changes)})
+        with pytest.raises(UserError, match=message):
+            load_task("classification", config)
+    for name in ("ner", "qa", "lm"):
+        with pytest.raises(UserError, match="prediction_map has no use with task"):
+            load_task(
+                name,
+                change(
+                    mapped_config(name, tmp_path), eval={"two": EvalSet(file="two.csv", prediction_map={})}
+                ),
+            )
+
+
+def mapped_config(name: str, folder: Path) -> DataConfig:
+    files = {
+        "ner": ("a.conll", "a B-x\n"),
+        "qa": ("a.json", '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": 1, "question": "b", "answers": [{"text": "a", "answer_start": 0}]}]}]}]}'),
+        "lm": ("a.txt", "a"),
+    }  # fmt: skip
+    file, content = files[name]
+    (folder / file).write_text(content)
+    return DataConfig(data_dir=str(folder), train=file, dev=file)
+
+
+def test_means_in_and_out_of_domain(three_way, tmp_path):
+    for name in ("test", "news", "mail"):
+        (tmp_path / f"{name}.csv").write_text("text,label\na,yes\n")
+    sets = {name: EvalSet(file=f"{name}.csv") for name in ("news", "mail")}
+    metrics = {
+        name: {"accuracy": score}
+        for name, score in zip(("dev", "test", "news", "mail"), (0.9, 0.8, 0.5, 0.7))
+    }
+    task = load_task("classification", change(three_way, eval=sets))
+    assert task.by_domain(metrics) == {
+        "metric": "accuracy",
+        "in_domain": 0.9,
+        "out_of_domain": pytest.approx(0.6),
+        "gap": pytest.approx(0.3),
+        "sets": {"in": ["dev"], "out": ["news", "mail"]},
+    }
+    sets["test"] = EvalSet(file="test.csv", domain="in")
+    found = load_task("classification", change(three_way, eval=sets)).by_domain(metrics)
+    assert found["in_domain"] == 0.8
+    assert found["sets"]["in"] == ["test"]
+    assert load_task("classification", three_way).by_domain(metrics) is None
+    assert (
+        load_task("demo", DataConfig()).by_domain({"dev": metrics["dev"], "ood": metrics["news"]})["gap"]
+        == 0.4
+    )
+
+
+def test_rows_held_out(three_way, tmp_path):
+    (tmp_path / "train.csv").write_text(
+        "text,label\n" + "".join(f"word {i},{'ab'[i % 2]}\n" for i in range(40))
+    )
+    config = change(three_way, dev=None, dev_fraction=0.25)
+    task = load_task("classification", config)
+    assert (len(task.train), len(task.dev)) == (30, 10)
+    assert not set(task.train["text"]) & set(task.dev["text"])
+    again = load_task("classification", change(config, seed=5, train_samples=10))
+    assert again.dev["text"] == task.dev["text"]
+    assert set(again.train["text"]) < set(task.train["text"])
+    with pytest.raises(UserError, match="has too few rows .40. to hold out data.dev_fraction 0.999"):
+        load_task("classification", change(config, dev_fraction=0.999))
+    with pytest.raises(UserError, match="data.dev_fraction has no use with task sst2"):
+        load_task("sst2", DataConfig(dev_fraction=0.5))
+    with pytest.raises(UserError, match="data.dev_fraction is 1.5, must lie between 0 and 1"):
+        DataConfig(dev_fraction=1.5)
+    with pytest.raises(UserError, match="are both given; keep one"):
+        DataConfig(dev_fraction=0.5, dev="dev.csv")
