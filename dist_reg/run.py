@@ -64,7 +64,8 @@ def train(run: RunConfig) -> dict[str, Any]:
         model = add_adapters(model, adapters, args.seed)
     check_fit(run, task, model, args)
     length = task.length(run.data.max_length, tokenizer, positions(model))
-    task = task.tokenize(tokenizer, length)
+    with args.main_process_first(local=True, desc="tokenizing"):
+        task = task.tokenize(tokenizer, length)
     trainer = build_trainer(run, task, model, tokenizer, args, folder)
     trainer.accelerator.wait_for_everyone()
     with folder.begin(run) if is_main() else contextlib.nullcontext():

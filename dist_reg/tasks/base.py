@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_reg.errors import UserError
+from dist_reg.tasks.cache import every_core, kept
 from dist_reg.tasks.metrics import compute
 
 if TYPE_CHECKING:
@@ -72,6 +74,10 @@ class Task(ABC):
     def evaluation_sets(self) -> dict[str, Dataset]:
         """`dev` and the further evaluation sets, by name."""
         return {"dev": self.dev, **self.eval_sets}
+
+    def encoding(self) -> Any:
+        """What `encode` follows from beside rows, tokenizer and length, as plain data."""
+        return None
 
     def name_of(self, rows: Dataset) -> str | None:
         """The name of the evaluation set that `rows` are, the very object."""
@@ -166,8 +172,9 @@ class Task(ABC):
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Task:
         """The same task with tokenized data sets: model inputs, `label` and `example_id`."""
+        how = [type(self).__name__, self.name, self.encoding(), max_length]
         sets = {
-            name: _encode_all(self, rows, tokenizer, max_length)
+            name: kept(rows, tokenizer, how, partial(_encode_all, self, rows, tokenizer, max_length))
             for name, rows in {"train": self.train, **self.evaluation_sets}.items()
         }
         counts = {name: self.count(name, encoded) for name, encoded in sets.items()}
@@ -190,9 +197,9 @@ def _encode_all(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
     from datasets import Dataset, concatenate_datasets
 
     parts = []
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = rows[start : start + _ROWS_AT_ONCE]
-        parts.append(
-            Dataset.from_dict({EXAMPLE_ID: part[EXAMPLE_ID], **task.encode(part, tokenizer, max_length)})
-        )
+    with every_core():
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            encoded = task.encode(part, tokenizer, max_length)
+            parts.append(Dataset.from_dict({EXAMPLE_ID: part[EXAMPLE_ID], **encoded}))
     return concatenate_datasets(parts)

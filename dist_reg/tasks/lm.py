@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -71,6 +72,16 @@ class LMTask(Task):
         """That packed rows are kept apart by the model."""
         if self.options.packing:
             check_keeps_examples_apart(model)
+
+    def encoding(self) -> Any:
+        path = self.options.chat_template
+        template = Path(path).expanduser() if path is not None else None
+        text = (
+            template.read_text(encoding="utf-8", errors="replace")
+            if template and template.is_file()
+            else None
+        )
+        return self.form, text
 
     def encode(
         self, rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -52,6 +52,9 @@ class QATask(Task):
     def model_kwargs(self) -> dict[str, Any]:
         """`num_labels`: a head with two outputs, start and end."""
         return {"num_labels": 2}
+
+    def encoding(self) -> Any:
+        return asdict(self.options)
 
     def encode(
         self, rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
