@@ -66,7 +66,11 @@ def train(run: RunConfig) -> dict[str, Any]:
     length = task.length(run.data.max_length, tokenizer, positions(model))
     with args.main_process_first(local=True, desc="tokenizing"):
         task = task.tokenize(tokenizer, length)
-    trainer = build_trainer(run, task, model, tokenizer, args, folder)
+    rows: Any = task.train
+    if task.source is not None:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows = task.stream(tokenizer, length, seed=seed, buffer=run.data.shuffle_buffer)
+    trainer = build_trainer(run, task, model, tokenizer, args, folder, rows)
     trainer.accelerator.wait_for_everyone()
     with folder.begin(run) if is_main() else contextlib.nullcontext():
         trainer.accelerator.wait_for_everyone()
@@ -155,15 +159,17 @@ def build_trainer(
     tokenizer: Any,
     args: transformers.TrainingArguments,
     folder: RunDirectory,
+    rows: Any,
 ) -> Trainer:
-    """The trainer of `run` with its callbacks; `task` is tokenized."""
+    """The trainer of `run` with its callbacks; `task` is tokenized, and `rows` are those to train on."""
     try:
         trainer = Trainer(
             model,
             args,
             methods=run.build_methods(),
             layers_path=run.model.layers_path,
-            train_dataset=task.train,
+            train_dataset=rows,
+            lengths=list(map(len, rows["input_ids"])) if run.data.group_by_length else None,
             eval_dataset=task.dev,
             data_collator=task.collator(tokenizer),
             processing_class=tokenizer,
@@ -296,9 +302,10 @@ def describe(run: RunConfig, task: Task, trainer: Trainer) -> str:
     """What is about to be trained, in one line."""
     args = trainer.args
     methods = ", ".join(method.name for method in trainer.handle.methods) or "plain fine-tuning"
+    examples = f"{task.examples} examples" if task.source is None else f"a stream of {task.source.name}"
     adapters = "" if run.peft is None else f", adapters: {trained_share(trainer.handle.model)}"
     return (
-        f"{task.name}: {task.examples} examples, {run.model.name}{adapters}, {methods}; batch {run.batch_size} = "
+        f"{task.name}: {examples}, {run.model.name}{adapters}, {methods}; batch {run.batch_size} = "
         f"{args.world_size} processes x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps}, "
         f"{run.deepspeed or 'no deepspeed'}, gradients clipped at {args.max_grad_norm}"
     )

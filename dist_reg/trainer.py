@@ -33,6 +33,8 @@ ID_COLUMN = "example_id"
 ID_BATCH = "example_ids"
 SPANS = "row_spans"
 """Of rows that hold several examples, see `dist_reg.tasks.packing`."""
+GROUPED = 50
+"""Optimizer steps whose examples are sorted by length among themselves, as Transformers' own grouping does."""
 SAMPLING_STRATEGIES = ("random", "sequential")
 """Orders of examples that `EpochSampler` makes; the others depend on the topology."""
 
@@ -42,11 +44,20 @@ class EpochSampler(Sampler[int]):
 
     Consecutive `batch_size` indices are one optimizer step, however many processes and micro-batches share it: the
     loader deals them out in turn. The last batch of an epoch is completed from the epoch's own beginning, so every
-    step weighs the same at every topology.
+    step weighs the same at every topology. With `lengths`, the examples of a step are about as long as each other: those of
+    `GROUPED` steps are sorted among themselves, and the steps come in any order.
     """
 
-    def __init__(self, examples: int, batch_size: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        examples: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         self.examples = examples
+        self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -65,7 +76,21 @@ class EpochSampler(Sampler[int]):
             if self.shuffle
             else torch.arange(self.examples)
         )
-        return iter(order.repeat(-(-len(self) // self.examples))[: len(self)].tolist())
+        filled = order.repeat(-(-len(self) // self.examples))[: len(self)]
+        if self.lengths is not None:
+            filled = self._grouped(filled, generator)
+        return iter(filled.tolist())
+
+    def _grouped(self, order: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        lengths = torch.tensor(self.lengths)[order]
+        parts = [
+            part[own.argsort(stable=True)]
+            for part, own in zip(
+                order.split(GROUPED * self.batch_size), lengths.split(GROUPED * self.batch_size)
+            )
+        ]
+        steps = torch.cat(parts).view(-1, self.batch_size)
+        return steps[torch.randperm(len(steps), generator=generator)].flatten()
 
 
 def _pop_ids(inputs: dict[str, Any]) -> Any:
@@ -103,7 +128,8 @@ class Trainer(transformers.Trainer):
 
     The noise of an example is keyed by (`args.seed`, epoch, example id), so a run is the same on any number of
     processes and any ZeRO stage; ids come from the batch's `example_ids` (see `dist_reg.tasks.Collator`). Every log
-    line holds the loss by term. Checkpoints are sealed by `dist_reg.checkpoint`.
+    line holds the loss by term. Checkpoints are sealed by `dist_reg.checkpoint`. `lengths`, of the training examples, groups
+    those of about one length in a step.
     """
 
     def __init__(
@@ -113,8 +139,10 @@ class Trainer(transformers.Trainer):
         *,
         methods: Sequence[Method] = (),
         layers_path: str | None = None,
+        lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._lengths = lengths
         self.handle = regularize(model, methods, seed=args.seed, layers_path=layers_path)
         self._warmup_epochs = max((method.epochs_alone() for method in methods), default=0)
         if self._warmup_epochs:
@@ -154,7 +182,9 @@ class Trainer(transformers.Trainer):
             )
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = EpochSampler(len(dataset), self._global_batch, seed, shuffle=strategy == "random")
+        self._sampler = EpochSampler(
+            len(dataset), self._global_batch, seed, shuffle=strategy == "random", lengths=self._lengths
+        )
         return self._sampler
 
     @property

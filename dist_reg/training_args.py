@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
 
 RENAMED = {
     "warmup_ratio": "warmup_steps (a fraction below 1 is a ratio)",
-    "group_by_length": "nothing: the order of examples must not depend on their lengths and so on the topology",
+    "group_by_length": "data.group_by_length, whose order is the same at every topology",
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "overwrite_output_dir": "train.output_dir with another folder",
@@ -107,6 +107,8 @@ def training_arguments(
         check_optimizer(train.get("optim", "adamw_torch"), config)
         check_agreement(run, train, config)
         train["deepspeed"] = config
+    if run.data.streaming:
+        _check_streaming(train)
     train["output_dir"] = str(checkpoints)
     try:
         args = transformers.TrainingArguments(**train)
@@ -178,6 +180,18 @@ def _check_names(train: dict[str, Any]) -> None:
             )
         if name not in known:
             raise UserError(f"train: unknown key {name!r}; {nearest(name, known)}")
+
+
+def _check_streaming(train: dict[str, Any]) -> None:
+    """What a training set without a length needs, and how its rows reach the processes."""
+    if train.get("max_steps", -1) < 1:
+        raise UserError("data.streaming needs train.max_steps: how many rows there are is not known.")
+    if train.get("dataloader_num_workers", 0):
+        raise UserError(
+            "train.dataloader_num_workers must be 0 with data.streaming, whose rows are counted as they are read."
+        )
+    # every process reads the stream and takes its share: batches of different lengths cannot be sent around
+    train["accelerator_config"] = {**(train.get("accelerator_config") or {}), "dispatch_batches": False}
 
 
 def _check_values(train: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from transformers import default_data_collator
 
 from dist_reg import LNSR, HyPe, Trainer, UserError
 from dist_reg.checkpoint import newest_whole
+from dist_reg.trainer import EpochSampler
 from tests.models import batch, build
 
 
@@ -162,3 +163,19 @@ def test_a_causal_model_under_accumulation_adds_its_terms_once(tmp_path):
     for other, weight in found[1:]:
         assert other == pytest.approx(found[0][0], rel=1e-4)
         torch.testing.assert_close(weight, found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_grouped_examples_of_a_step_are_about_as_long_as_each_other():
+    lengths = torch.randint(1, 100, (203,), generator=torch.Generator().manual_seed(0)).tolist()
+    grouped, plain = EpochSampler(203, 8, 5, lengths=lengths), EpochSampler(203, 8, 5)
+    for epoch in (0, 1):
+        grouped.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        order = list(grouped)
+        assert sorted(order) == sorted(plain)
+        steps = [[lengths[i] for i in order[start : start + 8]] for start in range(0, len(order), 8)]
+        assert sum(max(step) - min(step) for step in steps) / len(steps) < 10
+        means = [sum(step) / 8 for step in steps]
+        assert means != sorted(means)
+        assert order != sorted(order)
+    assert list(grouped) == list(grouped)

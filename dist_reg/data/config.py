@@ -98,6 +98,13 @@ class DataConfig:
     max_length: int | None = None
     """Longest input in tokens; longer ones are cut, contexts of questions into windows. 128 if not given, 384 for questions, 1024
     for language models, or what the model takes where that is less."""
+    group_by_length: bool = False
+    """Let rows of about one length share a batch, which saves padding; the order stays the same at every topology."""
+    streaming: bool = False
+    """Read the training rows while they are needed, for sets larger than memory (classification, regression, lm). `train` may then
+    name many files, such as `part-*.jsonl`."""
+    shuffle_buffer: int = 10_000
+    """Streamed rows among which the next one is drawn."""
     qa: QAOptions | None = None
     """Options of question answering."""
     lm: LMOptions | None = None
@@ -105,8 +112,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_positive(
-            train_samples=self.train_samples, dev_samples=self.dev_samples, max_length=self.max_length
+            train_samples=self.train_samples,
+            dev_samples=self.dev_samples,
+            max_length=self.max_length,
+            shuffle_buffer=self.shuffle_buffer,
         )
+        for name in ("train_samples", "dev_fraction", "group_by_length"):
+            if self.streaming and getattr(self, name):
+                raise UserError(
+                    f"data.{name} needs all rows at once, which data.streaming does not have; leave out either"
+                )
         for name in ("data_dir", "train", "dev", "text", "text_pair", "label"):
             if getattr(self, name) == "":
                 raise UserError(f"data.{name} is empty; name it, or leave it out")

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dist_reg.data.config import DataConfig
+    from dist_reg.data.stream import Source
     from dist_reg.tasks.collator import Collator
+    from dist_reg.tasks.stream import Stream
 
 EXAMPLE_ID = "example_id"
 """Column (int64) with the row's index in the set it was sampled from; it keys the noise of the example."""
@@ -38,6 +40,8 @@ class Task(ABC):
     dev: Dataset
     eval_sets: Mapping[str, Dataset] = field(default_factory=dict)
     """Further evaluation sets by name."""
+    source: Source | None = None
+    """Where training rows are streamed from; `train` is then empty."""
     domains: Mapping[str, str] = field(default_factory=dict)
     """`in` or `out` by further evaluation set, of the training set's domain or not; `out` where it says nothing."""
     metrics: tuple[str, ...]
@@ -170,14 +174,40 @@ class Task(ABC):
         """How many rows the tokenized set `name` has, and what of them did not fit."""
         return {"rows": len(encoded)}
 
+    def packer(self, max_length: int) -> Any:
+        """What makes packed rows of some streamed ones, where the options ask for it."""
+        return None
+
+    def stream(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, seed: int, buffer: int
+    ) -> Stream:
+        """The training rows of `source`, tokenized; its counts become those of the training set."""
+        from dist_reg.tasks.stream import Stream
+
+        assert self.source is not None
+        encode = partial(self.encode, tokenizer=tokenizer, max_length=max_length)
+        found = Stream(
+            self.source, encode, self.is_trainable, seed=seed, buffer=buffer, pack=self.packer(max_length)
+        )
+        counts: Any = self.counts
+        counts["train"] = found.counts
+        return found
+
+    def is_trainable(self, row: Mapping[str, Any]) -> bool:
+        """Whether a model can learn from a tokenized row; from all of them, in most tasks."""
+        return True
+
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Task:
         """The same task with tokenized data sets: model inputs, `label` and `example_id`."""
         how = [type(self).__name__, self.name, self.encoding(), max_length]
         sets = {
             name: kept(rows, tokenizer, how, partial(_encode_all, self, rows, tokenizer, max_length))
             for name, rows in {"train": self.train, **self.evaluation_sets}.items()
+            if name != "train" or self.source is None
         }
         counts = {name: self.count(name, encoded) for name, encoded in sets.items()}
+        if self.source is not None:
+            return replace(self, dev=sets.pop("dev"), eval_sets=sets, counts=counts)
         encoded = sets.pop("train")
         train = self.trainable(encoded)
         counts["train"]["rows_left_out"] = len(encoded) - len(train)

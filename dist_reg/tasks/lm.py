@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from dist_reg.streams import IGNORED
 from dist_reg.tasks.base import EXAMPLE_ID, Task
 from dist_reg.tasks.chats import spoken, template_of
 from dist_reg.tasks.collator import Collator
-from dist_reg.tasks.packing import PackedCollator, check_keeps_examples_apart, pack
+from dist_reg.tasks.packing import PackedCollator, check_keeps_examples_apart, pack, pack_rows
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ class LMTask(Task):
         Raises:
             UserError: none is left.
         """
-        kept = [row for row, own in enumerate(encoded["label"]) if any(label != IGNORED for label in own)]
+        kept = [row for row, own in enumerate(encoded["label"]) if self.is_trainable({"label": own})]
         if not kept:
             raise UserError(
                 "no token of the training set counts in the loss within data.max_length; raise it."
@@ -153,11 +154,19 @@ class LMTask(Task):
         left: Any = encoded.select(kept)
         return left
 
+    def is_trainable(self, row: Mapping[str, Any]) -> bool:
+        return any(label != IGNORED for label in row["label"])
+
+    def packer(self, max_length: int) -> Any:
+        return partial(pack_rows, capacity=max_length) if self.options.packing else None
+
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Task:
         """As every task, and the training set packed where the options say so."""
         done: Any = super().tokenize(tokenizer, max_length)
         if not self.options.packing:
             return done
+        if self.source is not None:
+            return replace(done, packed=True)
         packed = pack(done.train, max_length)
         tokens = sum(map(len, packed["input_ids"]))
         wasted = 1 - tokens / (max_length * len(packed))

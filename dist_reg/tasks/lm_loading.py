@@ -9,10 +9,12 @@ from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.hub import read_hub
 from dist_reg.data.lm import LMOptions, examples_of, form_of, read_rows
 from dist_reg.data.sampling import hold_out
+from dist_reg.data.stream import Source
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
 from dist_reg.tasks.base import Task, domains_of
 from dist_reg.tasks.lm import FORMS, LMTask, make_dataset
+from dist_reg.tasks.streaming import training_stream
 
 
 def own_lm(config: DataConfig) -> Task:
@@ -22,14 +24,25 @@ def own_lm(config: DataConfig) -> Task:
         if getattr(config, option) is not None:
             raise UserError(f"data.{option} has no use with task lm; see data.text and data.lm")
     tables = _tables(config)
-    for name, eval_set in config.eval.items():
-        if name in tables:
-            raise UserError(f"data.eval.{name} has the name of a set of task lm; rename it")
-        tables[name] = _read_eval_set(name, eval_set, config)
+    read, name = training_stream(config) if config.streaming else (None, "")
+    if read is not None:
+        first = next(read(), None)
+        if first is None:
+            raise UserError(f"{name} holds no rows")
+        tables["train"] = Table(
+            source=name, columns={column: [value] for column, value in first.items()}, lines=[1]
+        )
+    for set_name, eval_set in config.eval.items():
+        if set_name in tables:
+            raise UserError(f"data.eval.{set_name} has the name of a set of task lm; rename it")
+        tables[set_name] = _read_eval_set(set_name, eval_set, config)
     form = form_of(tables["train"], options, config.text)
     if options.chat_template is not None and form != "chat":
         raise UserError(f"data.lm.chat_template has no use with {FORMS[form]}")
-    tables = {name: examples_of(table, form, options, config.text) for name, table in tables.items()}
+    source = None
+    if read is not None:
+        source = Source(name, read, lambda table: examples_of(table, form, options, config.text).columns)
+    tables = {own: examples_of(table, form, options, config.text) for own, table in tables.items()}
     if "dev" not in tables:
         tables["train"], tables["dev"] = _split(tables["train"], config)
     samples = {name: eval_set.samples for name, eval_set in config.eval.items()}
@@ -43,6 +56,7 @@ def own_lm(config: DataConfig) -> Task:
         kind="lm",
         form=form,
         options=options,
+        source=source,
         train=datasets.pop("train"),
         dev=datasets.pop("dev"),
         eval_sets=datasets,
@@ -56,7 +70,7 @@ def _tables(config: DataConfig) -> dict[str, Table]:
     tables = {}
     for split, hub_split in (("train", "train"), ("dev", "validation")):
         value = getattr(config, split)
-        if split == "dev" and config.dev_fraction is not None:
+        if (split == "dev" and config.dev_fraction is not None) or (split == "train" and config.streaming):
             continue
         if config.hub is not None:
             instead = "give local files under data.train and data.dev"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.demo_task import LABEL_NAMES as DEMO_LABELS
@@ -15,6 +16,7 @@ from dist_reg.data.files import read_table
 from dist_reg.data.glue import GLUE, plain_name, read_glue
 from dist_reg.data.hub import read_hub
 from dist_reg.data.sampling import hold_out
+from dist_reg.data.stream import Source
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError, nearest
 from dist_reg.tasks.base import Task, domains_of
@@ -22,6 +24,7 @@ from dist_reg.tasks.labels import class_ids, find_label_names, merged_ids, score
 from dist_reg.tasks.lm_loading import own_lm
 from dist_reg.tasks.qa_loading import QA
 from dist_reg.tasks.sequence import SequenceTask, make_dataset
+from dist_reg.tasks.streaming import STREAMED, training_stream
 from dist_reg.tasks.tagging import TAGGING
 
 
@@ -38,6 +41,8 @@ def load_task(name: str | None, config: DataConfig) -> Task:
         raise UserError(f"unknown task {name!r}; {nearest(key, list(TASKS))}")
     if config.qa is not None and key not in QA:
         raise UserError(f"data.qa has no use with task {key}; it is for {', '.join(QA)}")
+    if config.streaming and key not in STREAMED:
+        raise UserError(f"data.streaming has no use with task {key}; it is for {', '.join(STREAMED)}")
     if config.lm is not None and key != "lm":
         raise UserError(f"data.lm has no use with task {key}; it is for lm")
     if config.dev_fraction is not None and key not in OWN_FILES:
@@ -105,6 +110,8 @@ def _glue(name: str, config: DataConfig) -> Task:
 
 
 def _own(kind: str, config: DataConfig) -> Task:
+    if config.streaming:
+        return _streamed(kind, config)
     text, label = config.text or "text", config.label or "label"
     train = _own_table(kind, "train", config.train, "train", config).select(text, config.text_pair, label)
     if config.dev_fraction is not None:
@@ -124,6 +131,33 @@ def _own(kind: str, config: DataConfig) -> Task:
         label=label,
     )
     return _build(source, config)
+
+
+def _streamed(kind: str, config: DataConfig) -> Task:
+    """As `_own`, with training rows that are read as they are needed: the development set says which classes there are."""
+    text, label = config.text or "text", config.label or "label"
+    dev = _own_table(kind, "dev", config.dev, "validation", config).select(text, config.text_pair, label)
+    classes = kind == "classification"
+    names = find_label_names(dev) if classes else ("score",)
+    read, name = training_stream(config)
+
+    def prepare(table: Table) -> dict[str, list[Any]]:
+        own = table.select(text, config.text_pair, label)
+        labels: Any = class_ids(own, names, set_name="train") if classes else scores(own)
+        return {**own.columns, "label": labels}
+
+    source = _Source(
+        name=kind,
+        kind=kind,
+        train=dev.take([]),
+        dev=dev,
+        label_names=names,
+        metrics=("accuracy", "macro_f1") if classes else ("pearson", "spearman"),
+        text=text,
+        text_pair=config.text_pair,
+        label=label,
+    )
+    return replace(_build(source, config), source=Source(name, read, prepare))
 
 
 TASKS: dict[str, Callable[[DataConfig], Task]] = {

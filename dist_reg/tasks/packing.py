@@ -52,14 +52,24 @@ def pack(rows: Dataset, capacity: int) -> Dataset:
     """
     from datasets import Dataset
 
-    ids, labels, names = rows["input_ids"], rows["label"], rows[EXAMPLE_ID]
-    columns: dict[str, list[Any]] = {"input_ids": [], "label": [], "position_ids": [], EXAMPLE_ID: []}
-    for own in bins([len(one) for one in ids], capacity):
-        columns["input_ids"].append([token for example in own for token in ids[example]])
-        columns["label"].append([label for example in own for label in (IGNORED, *labels[example][1:])])
-        columns["position_ids"].append([place for example in own for place in range(len(ids[example]))])
-        columns[EXAMPLE_ID].append(names[own[0]])
-    return Dataset.from_dict(columns)
+    columns = (rows["input_ids"], rows["label"], rows[EXAMPLE_ID])
+    examples = [
+        {"input_ids": ids, "label": label, EXAMPLE_ID: own} for ids, label, own in zip(*columns, strict=True)
+    ]
+    return Dataset.from_list(pack_rows(examples, capacity))
+
+
+def pack_rows(rows: Sequence[dict[str, Any]], capacity: int) -> list[dict[str, Any]]:
+    """As `pack`, of rows one by one."""
+    return [
+        {
+            "input_ids": [token for example in own for token in rows[example]["input_ids"]],
+            "label": [label for example in own for label in (IGNORED, *rows[example]["label"][1:])],
+            "position_ids": [place for example in own for place in range(len(rows[example]["input_ids"]))],
+            EXAMPLE_ID: rows[own[0]][EXAMPLE_ID],
+        }
+        for own in bins([len(row["input_ids"]) for row in rows], capacity)
+    ]
 
 
 def check_keeps_examples_apart(model: Any) -> None:
