@@ -72,6 +72,20 @@ class Block:
         metric = run.results["domains"].get("metric", self.metric)
         return DOMAINS[plain] + (f" {metric}" if metric != self.metric else "")
 
+    @property
+    def factor(self) -> int:
+        """What a score is multiplied with for people."""
+        return 100 if self.scale == "percent" else 1
+
+    @property
+    def unit(self) -> str:
+        """The metric with its unit."""
+        return self.metric + (", %" if self.scale == "percent" else "")
+
+    def axis_of(self, name: str) -> str:
+        """The name of a score with its unit."""
+        return f"{self.title_of(name)}: {self.unit}"
+
     def better(self, name: str) -> bool | None:
         """Whether greater is better; None for the gap between domains, which is small at chance too."""
         return None if name.removeprefix("domains.") == GAP else self.greater_is_better

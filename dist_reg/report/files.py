@@ -23,7 +23,7 @@ def write(summary: Summary, folder: Path) -> list[Path]:
     """Write the tables and pictures of `summary` into `folder`; returns their paths.
 
     report.csv, report.md, report.tex and report.png; report.curves.csv and report.curves.png where a log could be read;
-    report.layers.png where runs logged something for every layer.
+    report.examples.png where a task was trained on several numbers of examples; report.layers.png where runs logged something for every layer.
 
     Raises:
         UserError: a file that cannot be written.
@@ -45,9 +45,11 @@ def write(summary: Summary, folder: Path) -> list[Path]:
             _whole(folder / "report.curves.csv", lambda path: _csv(path, names, points)),
             _whole(folder / "report.curves.png", lambda path: plots.save(drawn, path)),
         ]
+    if examples := plots.example_figures(blocks):
+        written.append(_whole(folder / "report.examples.png", lambda path: plots.save(examples, path)))
     if layers := plots.by_layer(blocks):
-        drawn_layers = plots.layer_figures(layers)
-        written.append(_whole(folder / "report.layers.png", lambda path: plots.save(drawn_layers, path)))
+        by_layer = plots.layer_figures(layers)
+        written.append(_whole(folder / "report.layers.png", lambda path: plots.save(by_layer, path)))
     return written
 
 

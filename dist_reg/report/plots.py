@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_reg.report.blocks import Block
 from dist_reg.report.curves import Point
@@ -61,10 +61,9 @@ def score_figures(blocks: list[Block]) -> list[Figure]:
     for block in blocks:
         height = 0.55 * len(block.groups) + 1.3
         figure, panels = row_of_panels(block.title, columns, height, len(block.names))
-        factor, unit = (100, ", %") if block.scale == "percent" else (1, "")
         for axis, name in zip(panels, block.names):
             for height, group in enumerate(block.groups):
-                scores = [factor * score for score in group.scores(name).values()]
+                scores = [block.factor * score for score in group.scores(name).values()]
                 if not scores:
                     continue
                 spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
@@ -73,7 +72,7 @@ def score_figures(blocks: list[Block]) -> list[Figure]:
                 axis.plot(scores, [height] * len(scores), "o", color="tab:blue", markersize=5, alpha=0.8)
             axis.set_ylim(len(block.groups) - 0.5, -0.5)
             axis.set_yticks(range(len(block.groups)), [])
-            axis.set_xlabel(plain(f"{block.title_of(name)}: {block.metric}{unit}"))
+            axis.set_xlabel(plain(block.axis_of(name)))
         panels[0].set_yticklabels([wrapped(group.label, 30) for group in block.groups])
         figures.append(figure)
     return figures
@@ -96,13 +95,74 @@ def curve_figures(points: list[Point]) -> list[Figure]:
                 low = [point.mean - (point.std or 0.0) for point in line]
                 high = [point.mean + (point.std or 0.0) for point in line]
                 color, style = looks[name]
-                axis.plot(steps, means, marker=".", label=wrapped(name, 40), color=color, linestyle=style)
+                axis.plot(steps, means, marker=".", label=wrapped(name, 60), color=color, linestyle=style)
                 axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
             axis.set_xlabel("step")
             axis.set_ylabel(plain(quantity))
-        panels[0].legend(fontsize="small")
+        legend_below(figure, panels)
         figures.append(figure)
     return figures
+
+
+def example_figures(blocks: list[Block]) -> list[Figure]:
+    """A figure a task that was trained on several numbers of examples, a panel an evaluation set.
+
+    Means over seeds by the number of examples, with the standard deviation as bars.
+    """
+    tasks: dict[tuple[str, str, str], list[Block]] = {}
+    for block in blocks:
+        tasks.setdefault((block.task, block.model, block.metric), []).append(block)
+    found = {key: sizes for key, sizes in tasks.items() if len({block.train_examples for block in sizes}) > 1}
+    names = {
+        key: list(dict.fromkeys(n for block in sizes for n in block.names)) for key, sizes in found.items()
+    }
+    columns = max(map(len, names.values()), default=0)
+    figures = []
+    for (task, model, metric), sizes in found.items():
+        key = (task, model, metric)
+        sizes = sorted(sizes, key=lambda block: block.train_examples)
+        figure, panels = row_of_panels(f"{task}, {model}", columns, 4.2, len(names[key]))
+        looks = dict(zip(dict.fromkeys(group.label for block in sizes for group in block.groups), _looks()))
+        for axis, name in zip(panels, names[key]):
+            for label, (color, style) in looks.items():
+                curve = {
+                    block.train_examples: [block.factor * score for score in group.scores(name).values()]
+                    for block in sizes
+                    for group in block.groups
+                    if group.label == label and group.scores(name)
+                }
+                draw_curve(axis, curve, label=wrapped(label, 60), color=color, linestyle=style)
+            axis.set_xscale("log")
+            ticks = [block.train_examples for block in sizes]
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.set_xticks([], minor=True)
+            axis.set_xlabel("training examples")
+            block = next(block for block in sizes if name in block.names)
+            axis.set_ylabel(plain(block.axis_of(name)))
+        legend_below(figure, panels)
+        figures.append(figure)
+    return figures
+
+
+def draw_curve(axis: Axes, curve: dict[int, list[float]], **look: Any) -> None:
+    """The mean of the values at each place, with their standard deviation as bars."""
+    if not curve:
+        return
+    places = sorted(curve)
+    means = [statistics.fmean(curve[place]) for place in places]
+    spread = [statistics.stdev(curve[place]) if len(curve[place]) > 1 else 0.0 for place in places]
+    axis.errorbar(places, means, yerr=spread, marker="o", capsize=3, **look)
+
+
+def legend_below(figure: Figure, panels: list[Axes]) -> None:
+    """One legend of all panels, where it hides none of them; the figure grows by it."""
+    shown = {
+        label: handle
+        for axis in panels
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.set_figheight(figure.get_figheight() + 0.2 * sum(label.count("\n") + 1 for label in shown))
+    figure.legend([*shown.values()], [*shown], loc="outside lower center", fontsize="small")
 
 
 def _looks() -> Iterator[tuple[str, str]]:
@@ -131,15 +191,11 @@ def layer_figures(curves: LayerCurves) -> list[Figure]:
     for metric, by_group in curves.items():
         figure, (axis,) = row_of_panels("", 1, 4.2, 1)
         for (name, curve), (color, style) in zip(by_group.items(), _looks()):
-            layers = sorted(curve)
-            means = [statistics.fmean(curve[layer]) for layer in layers]
-            spread = [statistics.stdev(curve[layer]) if len(curve[layer]) > 1 else 0.0 for layer in layers]
-            look = {"color": color, "linestyle": style, "marker": "o", "capsize": 3}
-            axis.errorbar(layers, means, yerr=spread, label=wrapped(name, 60), **look)
+            draw_curve(axis, curve, label=wrapped(name, 80), color=color, linestyle=style)
         axis.set_xticks(sorted({layer for curve in by_group.values() for layer in curve}))
         axis.set_xlabel("layer")
         axis.set_ylabel(plain(metric))
-        axis.legend(fontsize="small")
+        legend_below(figure, [axis])
         figures.append(figure)
     return figures
 

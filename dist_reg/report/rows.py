@@ -67,7 +67,7 @@ def header(summary: Summary) -> list[str]:
 
 def title(block: Block) -> str:
     """What a table is about."""
-    return f"{block.title}: {block.metric}" + (", %" if block.scale == "percent" else "")
+    return f"{block.title}: {block.unit}"
 
 
 def cells(summary: Summary, table: Table) -> list[list[Cell]]:
@@ -109,7 +109,8 @@ def _line(block: Block, score: Score) -> dict[str, Cell]:
 def number(block: Block, value: float, *, sign: bool = False) -> str:
     """A score for people: in percent with one decimal, or as it is with four digits."""
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.1f}" if block.scale == "percent" else f"{value:{plus}.4g}"
+    digits = ".1f" if block.scale == "percent" else ".4g"
+    return f"{block.factor * value:{plus}{digits}}"
 
 
 def p_text(p: float | None) -> str:

@@ -86,6 +86,28 @@ def test_what_runs_logged_for_every_layer_is_drawn(tmp_path):
     drawn(paths[-1])
 
 
+def test_scores_by_the_number_of_examples(tmp_path):
+    runs = [
+        *scored([0.5, 0.6], train_examples=100),
+        *scored([0.8, 0.9], train_examples=1000),
+        *scored([0.7], task="cola"),
+    ]
+    runs += scored([0.4, 0.6], train_examples=100, **METHOD)
+    store(tmp_path, runs)
+    summary = summarise(read_runs(tmp_path))
+    (figure,) = plots.example_figures([table.block for table in summary.tables])
+    (axis,) = figure.get_axes()
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("training examples", "dev: accuracy, %")
+    curves = {drawn.get_label(): drawn[0].get_xydata().tolist() for drawn in axis.containers}
+    assert curves == {
+        "plain": [[100, pytest.approx(55)], [1000, pytest.approx(85)]],
+        "hype": [[100, pytest.approx(50)]],
+    }
+    paths = write(summary, tmp_path)
+    assert [path.name for path in paths] == [*NAMES, "report.examples.png"]
+    drawn(paths[-1])
+
+
 def test_every_point_lies_in_its_panel(tmp_path):
     mcc = {"main_metric": "mcc", "task": "cola"}
     number = {"main_metric": "perplexity", "main_metric_scale": "number", "greater_is_better": False}
