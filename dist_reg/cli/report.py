@@ -56,7 +56,11 @@ def show(
 
     found = report.read_runs(folder)
     summary = report.summarise(
-        found, test=test, baseline=baseline or runs.PLAIN, mix=mix, unfinished=len(runs.unfinished(folder))
+        found,
+        test=test,
+        baseline=runs.PLAIN if baseline is None else baseline,
+        mix=mix,
+        unfinished=len(runs.unfinished(folder)),
     )
     console = Console()
     if not console.is_terminal:

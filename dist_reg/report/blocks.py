@@ -12,7 +12,6 @@ from typing import Any
 
 from dist_reg.errors import UserError
 from dist_reg.report.runs import DOMAINS, GAP, PLAIN, Run, Seeds
-from dist_reg.rundir import first_difference
 
 NOT_RECORDED = "null"
 """The settings, as JSON, of runs that lack them."""
@@ -27,7 +26,7 @@ class Group:
     label: str
     """The same, with the settings in which another group of the block differs."""
     settings: str
-    """The settings that its runs share, as JSON."""
+    """The settings that its runs share by dotted key, as JSON."""
     runs: tuple[Run, ...]
 
     def scores(self, name: str) -> dict[Seeds, float]:
@@ -123,15 +122,17 @@ def _short_names(models: set[str]) -> dict[str, str]:
 
 def _refuse_differences(runs: list[Run]) -> None:
     """Raise UserError where two runs of a block were not trained alike."""
-    known = [(run, run.settings) for run in runs if run.settings is not None]
+    known = [(run, _flat(run.settings)) for run in runs if run.settings is not None]
     for run, settings in known[1:]:
         first, expected = known[0]
-        if difference := first_difference(expected, settings):
-            key, there, here = difference
+        keys = sorted(settings.keys() | expected.keys())
+        key = next((key for key in keys if settings.get(key) != expected.get(key)), None)
+        if key is not None:
+            there, here = _shown(expected.get(key)), _shown(settings.get(key))
             raise UserError(
-                f"report: {key} is {_shown(there)} in {first.folder} and {_shown(here)} in {run.folder}, and runs that "
-                "are compared may differ in their methods alone; --mix shows them as groups of their own, or name a "
-                "sub-folder whose runs share it."
+                f"report: {key} is {there} in {first.folder} and {here} in {run.folder}, and runs that are compared may "
+                "differ in their methods alone; --mix shows them as groups of their own, or name a sub-folder whose runs "
+                "share it."
             )
 
 
@@ -159,7 +160,7 @@ def _groups(runs: list[Run]) -> tuple[tuple[Group, ...], list[str]]:
 
 
 def _as_json(settings: dict[str, Any] | None) -> str:
-    return json.dumps(settings, sort_keys=True)
+    return NOT_RECORDED if settings is None else json.dumps(_flat(settings), sort_keys=True)
 
 
 def _one_a_seed(runs: list[Run]) -> tuple[tuple[Run, ...], list[str]]:
@@ -178,20 +179,20 @@ def _one_a_seed(runs: list[Run]) -> tuple[tuple[Run, ...], list[str]]:
 
 def _distinctions(found: set[str]) -> dict[str, str]:
     """For each of several settings, as JSON, those in which it differs from another, as text."""
-    flat = {settings: _flat(json.loads(settings)) for settings in found if settings != NOT_RECORDED}
+    flat = {settings: json.loads(settings) for settings in found if settings != NOT_RECORDED}
     keys = sorted({key for leaves in flat.values() for key in leaves})
     differing = [key for key in keys if len({json.dumps(leaves.get(key)) for leaves in flat.values()}) > 1]
     texts = {NOT_RECORDED: ", settings not recorded" if flat else ""}
     for settings, leaves in flat.items():
-        told = (f", {key} {leaves[key] if leaves.get(key) is not None else 'not given'}" for key in differing)
+        told = (f", {key} {leaves.get(key, 'not given')}" for key in differing)
         texts[settings] = "".join(told)
     return texts
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """The values of nested mappings by dotted key."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
+    """The values of nested mappings by dotted key, without those that say nothing: None and empty mappings."""
+    if not isinstance(value, dict):
+        return {} if value is None else {key: value}
     return {
         name: leaf
         for part, inner in value.items()

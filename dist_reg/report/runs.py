@@ -37,6 +37,7 @@ class Run:
 
     @property
     def seeds(self) -> Seeds:
+        """What tells it from the other runs of its group."""
         return self.results.get("data_seed"), self.results.get("seed")
 
     @property
@@ -137,7 +138,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         run = Run(path.parent, results)
         scores = {**run.scores, "timings.train_seconds": results["timings"]["train_seconds"]}
-        _ = run.block, run.label, run.settings
+        hash((run.block, run.seeds, run.label))
+        parts = (results["train_examples"], int), ({} if run.settings is None else run.settings, dict)
+        if not all(isinstance(part, kind) for part, kind in parts) or not all(
+            isinstance(results[key], str) for key in ("task", "model", "main_metric")
+        ):
+            raise TypeError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             f"report: {path} is no result of a run; its parts are not what a run writes."

@@ -101,7 +101,9 @@ def summarise(
     blocks, notes = arrange(runs, mix=mix)
     labels = [label for block in blocks for group in block.groups for label in (group.label, group.method)]
     if baseline not in (*labels, PLAIN):
-        raise UserError(f"--baseline: no group is called {baseline!r}; {nearest(baseline, [*{*labels}])}")
+        raise UserError(
+            f"--baseline: no group is called {baseline!r}; {nearest(baseline, [*dict.fromkeys(labels)])}"
+        )
     tables = []
     for block in blocks:
         baselines = {} if test == "none" else _baselines(block, baseline)

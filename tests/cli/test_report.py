@@ -89,6 +89,8 @@ def test_options_that_contradict_or_do_not_exist(folder):
         report(folder, "--test", "none", "--baseline", "hype")
     with pytest.raises(UserError, match="no group is called 'plane'; did you mean 'plain'?"):
         report(folder, "--baseline", "plane")
+    with pytest.raises(UserError, match="no group is called ''; known: hype"):
+        report(folder, "--baseline", "")
     assert "'t-test', 'bootstrap', 'none'" in report(folder, "--test", "u-test")
     assert not (folder / "report.csv").exists()
 

@@ -40,9 +40,16 @@ def test_plain_comes_first(tmp_path):
         ({"settings": {**SETTINGS, "batch_size": 32}}, "batch_size is 16 in {0} and 32 in {1}"),
         (
             {"settings": {**SETTINGS, "early_stopping": {"patience": 2}}},
-            "early_stopping is not given in {0} and {{'patience': 2}} in {1}",
+            "early_stopping.patience is not given in {0} and 2 in {1}",
         ),
-        ({"model_config": {"num_hidden_layers": 3}}, "model is not given in {0} and"),
+        (
+            {"settings": {**SETTINGS, "data": {"eval": {"news": {"file": "a.csv"}}, "max_length": 128}}},
+            "data.eval.news.file is not given in {0} and 'a.csv' in {1}",
+        ),
+        (
+            {"model_config": {"num_hidden_layers": 3}},
+            "model.config.num_hidden_layers is not given in {0} and 3 in {1}",
+        ),
     ],
 )
 @pytest.mark.parametrize("methods", [[], [{"hype": HYPE}]])
@@ -54,6 +61,12 @@ def test_settings_that_differ_are_refused(tmp_path, changes, told, methods):
     assert "--mix" in message
     assert "sub-folder" in message
     assert "\n" not in message
+
+
+def test_what_is_empty_or_null_is_as_if_not_given(tmp_path):
+    written = {**SETTINGS, "data": {**SETTINGS["data"], "eval": {}, "samples": None}}
+    (block,), _ = arranged(tmp_path, [result(0.8), result(0.7, seed=1, settings=written)])
+    assert [len(group.runs) for group in block.groups] == [2]
 
 
 def test_dropout_is_part_of_what_was_done(tmp_path):
