@@ -70,10 +70,7 @@ def show(
         console.print(rows.title(table.block), style="bold", highlight=False, markup=False)
         screen = Table(box=None, pad_edge=False)
         for column in columns:
-            least = 12 if column == "methods" else None
-            screen.add_column(
-                column, justify="right" if column in NUMBERS else "left", min_width=least, overflow="fold"
-            )
+            screen.add_column(column, justify="right" if column in NUMBERS else "left", overflow="fold")
         for line in rows.cells(summary, table):
             screen.add_row(*(Text(cell.text + "*" * cell.mark, "bold" if cell.bold else "") for cell in line))
         console.print(screen)

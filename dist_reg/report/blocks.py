@@ -62,14 +62,19 @@ class Block:
         found = dict.fromkeys(name for group in self.groups for run in group.runs for name in run.scores)
         return sorted(found, key=lambda name: name.removeprefix("domains.") in DOMAINS)
 
+    def metric_of(self, name: str) -> str:
+        """The metric of a score: the block's, or of the domains the one that they are in."""
+        run = next(run for group in self.groups for run in group.runs if name in run.scores)
+        own = name in run.results["metrics"]
+        return self.metric if own else run.results["domains"].get("metric") or self.metric
+
     def title_of(self, name: str) -> str:
         """The name of a score for people; domains under another metric than the block's say which."""
-        plain = name.removeprefix("domains.")
         run = next(run for group in self.groups for run in group.runs if name in run.scores)
-        if plain not in DOMAINS or name in run.results["metrics"]:
+        if name in run.results["metrics"]:
             return name
-        metric = run.results["domains"].get("metric", self.metric)
-        return DOMAINS[plain] + (f" {metric}" if metric != self.metric else "")
+        metric = self.metric_of(name)
+        return DOMAINS[name.removeprefix("domains.")] + (f" {metric}" if metric != self.metric else "")
 
     @property
     def factor(self) -> int:
@@ -82,8 +87,8 @@ class Block:
         return self.metric + (", %" if self.scale == "percent" else "")
 
     def axis_of(self, name: str) -> str:
-        """The name of a score with its unit."""
-        return f"{self.title_of(name)}: {self.unit}"
+        """The name of a score with its metric and unit."""
+        return f"{self.title_of(name)}: {self.unit.replace(self.metric, self.metric_of(name), 1)}"
 
     def better(self, name: str) -> bool | None:
         """Whether greater is better; None for the gap between domains, which is small at chance too."""
@@ -206,13 +211,9 @@ def _without_settings(runs: list[Run]) -> list[str]:
     if not lacking:
         return []
     return [
-        f"{_counted(len(lacking), 'run')} ({lacking[0]}{' and others' if len(lacking) > 1 else ''}) written by an older "
-        "version, without settings: whether they were trained like the others is not known."
+        f"results of an older version, without settings: {len(lacking)} ({', '.join(map(str, lacking))}); whether these "
+        "runs were trained like the others is not known."
     ]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _environments(blocks: Any) -> list[str]:

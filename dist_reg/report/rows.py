@@ -75,7 +75,7 @@ def cells(summary: Summary, table: Table) -> list[list[Cell]]:
     columns = header(summary)
     lines, previous = [], None
     for score in table.scores:
-        line = _line(table.block, score)
+        line = _line(table.block, score, marked="p Holm" if "p Holm" in columns else "p")
         if score.group is previous:
             line |= {"methods": Cell(""), "seeds": Cell(""), "train s": Cell("")}
         previous = score.group
@@ -83,7 +83,8 @@ def cells(summary: Summary, table: Table) -> list[list[Cell]]:
     return lines
 
 
-def _line(block: Block, score: Score) -> dict[str, Cell]:
+def _line(block: Block, score: Score, marked: str) -> dict[str, Cell]:
+    """The cells of a score by column; `marked` is the column whose p-value has the star."""
     std = "" if score.std is None else f" ({number(block, score.std)})"
     line = {
         "methods": Cell(score.group.label),
@@ -101,8 +102,8 @@ def _line(block: Block, score: Score) -> dict[str, Cell]:
         if compared.low is not None and compared.high is not None:
             text += f" [{number(block, compared.low, sign=True)}, {number(block, compared.high, sign=True)}]"
         line["difference [95 %]"] = Cell(text)
-    line["p"] = Cell(compared.words or p_text(compared.p), mark=score.significant and score.comparisons == 1)
-    line["p Holm"] = Cell(p_text(score.p_holm), mark=score.significant and score.comparisons > 1)
+    line["p"] = Cell(compared.words or p_text(compared.p), mark=score.significant and marked == "p")
+    line["p Holm"] = Cell(p_text(score.p_holm), mark=score.significant and marked == "p Holm")
     return line
 
 

@@ -49,8 +49,8 @@ class Run:
             results["model"],
             results["train_examples"],
             results["main_metric"],
-            results.get("main_metric_scale", "percent"),
-            results.get("greater_is_better", True),
+            results.get("main_metric_scale") or "percent",
+            results.get("greater_is_better") is not False,
         )
 
     @property
@@ -155,7 +155,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"report: {path}: {name} is {value!r}, no finite number; mend the run or move it away."
             )
-    if results.get("main_metric_scale", "percent") not in ("percent", "number"):
+    if results.get("main_metric_scale") not in (None, "percent", "number"):
         raise UserError(
             f"report: {path}: main_metric_scale is {results['main_metric_scale']!r}; known: number, percent"
         )

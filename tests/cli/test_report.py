@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from dist_reg.cli.report import WIDTH, command
+from dist_reg.cli.report import WIDTH, command, show
 from dist_reg.errors import UserError
 from dist_reg.report.comparison import TESTS
 from tests.report.made import HYPE, SETTINGS, log, result, scored, store
@@ -58,6 +61,18 @@ def test_long_labels_of_many_sets_fit_the_screen(tmp_path):
     lines = report(store(tmp_path, runs)).splitlines()
     assert max(map(len, lines[:-1])) <= WIDTH
     assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_no_figure_is_cut_on_a_narrow_screen(folder, monkeypatch, width):
+    screen = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    monkeypatch.setattr("dist_reg.cli.report.Console", lambda: screen)
+    show(folder)
+    lines = screen.file.getvalue().splitlines()
+    table = " ".join(" ".join(lines[: lines.index("")]).split())
+    for text in ("hype", "81.7", "84.0", "+1.7", "[+0.2,", "+3.1]", "0.038*", "10"):
+        assert text in table
+    assert max(map(len, lines[: lines.index("")])) <= width
 
 
 def test_another_folder_for_the_files(folder, tmp_path):

@@ -96,7 +96,7 @@ def test_results_of_an_older_version_are_taken_and_named(tmp_path):
     (block,), notes = arranged(tmp_path, [result(0.8), old])
     assert [len(group.runs) for group in block.groups] == [2]
     (note,) = notes
-    assert f"1 run ({tmp_path / 'run 01'}) written by an older version, without settings" in note
+    assert f"results of an older version, without settings: 1 ({tmp_path / 'run 01'});" in note
     others = [result(0.8), result(0.9, settings=with_rate(1e-4)), old]
     (block,), _ = arranged(tmp_path, others, mix=True)
     assert [group.label for group in block.groups] == [

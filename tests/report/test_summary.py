@@ -124,6 +124,18 @@ def test_several_comparisons_are_corrected(tmp_path):
     assert "p Holm: corrected for the groups" in " ".join(summary.legend)
 
 
+def test_the_star_stands_in_one_column_of_all_tables(tmp_path):
+    plain, better = [0.5, 0.6, 0.7], [0.6, 0.71, 0.82]
+    two = [{"methods": [{"hype": {**HYPE, "sigma": sigma}}]} for sigma in (1, 2)]
+    runs = [*scored(plain), *scored(better, **two[0]), *scored(better, **two[1])]
+    runs += [*scored(plain, task="cola"), *scored(better, task="cola", **METHOD)]
+    summary = summary_of(tmp_path, runs)
+    place = header(summary).index("p Holm")
+    for table in summary.tables:
+        marks = [[at for at, cell in enumerate(line) if cell.mark] for line in cells(summary, table)]
+        assert marks == [[], *[[place]] * (len(marks) - 1)]
+
+
 def test_a_metric_of_which_less_is_better_and_which_is_no_percentage(tmp_path):
     less = {"main_metric": "perplexity", "main_metric_scale": "number", "greater_is_better": False}
     summary = summary_of(tmp_path, [*scored([20.5, 22.25], **less), *scored([18.0, 19.0], **less, **METHOD)])
@@ -153,6 +165,7 @@ def test_domains_are_further_lines(tmp_path):
         ["gap f1", "25.0 (0.0)", ""],
         ["dev", "90.0", "90.0"],
     ]
+    assert summary.tables[0].block.axis_of("gap") == "gap f1: f1, %"
     assert "gap_mean" not in rows(summary_of(tmp_path / "other", scored([0.5])))[0]
 
 
