@@ -61,9 +61,8 @@ def learning_curves(blocks: list[Block]) -> tuple[list[Point], list[str]]:
                         quantity, step, len(values), mean, std,
                     )
                 )  # fmt: skip
-    return _without_task_loss(points), [
-        f"not in the learning curves: {', '.join(unusable)}."
-    ] if unusable else []
+    notes = [f"not in the learning curves: {', '.join(unusable)}."] if unusable else []
+    return _without_task_loss(points), notes
 
 
 def read_curve(run: Run) -> dict[tuple[str, int], float]:
@@ -85,23 +84,24 @@ def read_curve(run: Run) -> dict[tuple[str, int], float]:
     lines = (run.folder / LOG).read_text(encoding="utf-8").splitlines()
     for number, text in enumerate(lines, start=1):
         line = _parse(text)
-        if line is None:
+        found = {name: line[key] for key, name in names.items() if key in line}
+        if not isinstance(line.get("step"), int) or not all(
+            isinstance(v, (int, float)) for v in found.values()
+        ):
             raise ValueError(f"{LOG}, line {number} is damaged")
-        curve |= {(name, line["step"]): float(line[key]) for key, name in names.items() if key in line}
+        curve |= {(name, line["step"]): float(value) for name, value in found.items()}
     if not curve:
         raise ValueError(f"{LOG} holds nothing to draw")
     return curve
 
 
-def _parse(text: str) -> dict[str, Any] | None:
-    """A line of a log, or None where it is torn."""
+def _parse(text: str) -> dict[str, Any]:
+    """A line of a log; empty where it is torn."""
     try:
         line = json.loads(text)
     except ValueError:
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        return None
-    return line if all(isinstance(value, (int, float)) for value in line.values()) else None
+        return {}
+    return line if isinstance(line, dict) else {}
 
 
 def _why(error: Exception) -> str:

@@ -23,7 +23,8 @@ def write(summary: Summary, folder: Path) -> list[Path]:
     """Write the tables and pictures of `summary` into `folder`; returns their paths.
 
     report.csv, report.md, report.tex and report.png; report.curves.csv and report.curves.png where a log could be read;
-    report.examples.png where a task was trained on several numbers of examples; report.layers.png where runs logged something for every layer.
+    report.examples.png where a task was trained on several numbers of examples; report.layers.png where runs logged
+    something for every layer.
 
     Raises:
         UserError: a file that cannot be written.

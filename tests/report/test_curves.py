@@ -81,6 +81,13 @@ def test_a_run_whose_log_cannot_be_used_is_named_and_left_out(tmp_path, name):
     assert len(summary.tables[0].block.groups[0].runs) == 2
 
 
+def test_what_is_not_drawn_need_not_be_a_number(tmp_path):
+    found, _ = curves(
+        tmp_path, [result(0.8)], {0: log([{"step": 10, "loss": 0.5, "note": "mine", "x": None}])}
+    )
+    assert found == {("plain", "training loss", 10): (1, 0.5, None)}
+
+
 def test_a_log_that_is_no_text(tmp_path):
     store(tmp_path, [result(0.8)])
     (tmp_path / "run 00" / "log.jsonl").write_bytes(b"\xff\xfe\x00")

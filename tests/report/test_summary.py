@@ -211,7 +211,7 @@ def test_bootstrap_of_few_pairs_says_how_far_to_trust_it(folder):
     hype = rows(summary)[2]
     assert (hype["test"], hype["dev_p"]) == ("bootstrap", 0.5)
     assert (hype["dev_difference_low"], hype["dev_difference_high"]) == pytest.approx((0.04, 0.05))
-    assert "fewer than 10 pairs" in summary.legend[-1]
+    assert "fewer than 20 pairs" in summary.legend[-1]
 
 
 def test_mixed_settings_are_compared_with_their_own_baseline(tmp_path):
