@@ -306,11 +306,35 @@ def test_packing_wastes_little_of_real_data():
 
     options = LMOptions(prompt="question", completion="answer", packing=True)
     config = DataConfig(data_dir=str(GSM8K.parent), train=GSM8K.name, dev_fraction=0.1, lm=options)
-    task = load_task("lm", config).tokenize(AutoTokenizer.from_pretrained(resolve_model("minilm")), 512)
+    own = AutoTokenizer.from_pretrained(resolve_model("minilm"))
+    task = load_task("lm", config).tokenize(own, 512)
     counts = task.counts["train"]
     assert counts["rows"] + task.counts["dev"]["rows"] == 1319
     assert counts["packed_tokens"] == counts["tokens"]
     assert 1 - counts["packed_tokens"] / (512 * counts["packed_rows"]) < 0.03
+
+    model = build("llama", "causal", dropout=0.0, vocab_size=len(own), max_position_embeddings=512)
+    apart = LMOptions(prompt="question", completion="answer")
+    plain = load_task("lm", DataConfig(**{**vars(config), "lm": apart})).tokenize(own, 512)
+    of_row = {row["example_id"]: row for row in plain.train}
+    rows = [task.train[number] for number in range(4)]
+    held = [sum(position == 0 for position in row["position_ids"]) for row in rows]
+    lengths = [len(row["input_ids"]) for row in plain.train]
+    members = [number for group in bins(lengths, 512)[:4] for number in group]
+    assert len(members) == sum(held)
+    examples = [of_row[plain.train[number]["example_id"]] for number in members]
+    losses = []
+    for loaded, own_rows in ((task, rows), (plain, examples)):
+        total, count = 0.0, 0
+        for row in own_rows:
+            batch = loaded.collator(own)([row])
+            batch = {name: batch[name] for name in ("input_ids", "labels", "position_ids") if name in batch}
+            counted = int((batch["labels"] != -100).sum())
+            with torch.no_grad():
+                total += counted * model(**batch, use_cache=False).loss.item()
+            count += counted
+        losses.append(total / count)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # -- evaluation
