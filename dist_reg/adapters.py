@@ -138,7 +138,8 @@ def load_adapters(model: transformers.PreTrainedModel, folder: Path) -> Any:
     try:
         return peft.PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"model: the adapters in {folder} cannot be loaded ({reason(error)}).") from None
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"model: the adapters in {folder} do not fit the model ({said}).") from None
 
 
 def _peft() -> Any:

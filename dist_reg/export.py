@@ -55,8 +55,9 @@ def export_model(trainer: Trainer, folder: Path, results: dict[str, Any]) -> Non
 def _how_to_load(results: dict[str, Any]) -> list[str]:
     if results.get("peft"):
         return [
-            "These are adapters for the base model; with PEFT installed the `Auto` classes of `transformers` load both. Of the",
-            "training methods, nothing is left in them but what `dist_reg.json`, if it is there, describes.",
+            "These are adapters for the base model; with PEFT installed the `Auto` classes of `transformers` load both (a head of",
+            "other than two labels needs `num_labels`). Of the training methods, nothing is left in them but what `dist_reg.json`,",
+            "if it is there, describes.",
         ]
     kept = [name for entry in results["methods"] for name in entry if METHODS[name].kept]
     if not kept:

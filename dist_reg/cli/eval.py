@@ -82,10 +82,13 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     prepare_process(deepspeed=False)
     task = load_task(run.task, run.data)
     source = ModelConfig(name=str(folder), trust_remote_code=run.model.trust_remote_code)
-    load = load_with_adapters if (folder / ADAPTER_FILE).is_file() else load_model
-    if load is load_with_adapters:
+    if (folder / ADAPTER_FILE).is_file():
         source = replace(run.model, name=str(folder))
-    model, tokenizer = load(source, task.model_class, seed=0, single_words=task.single_words)
+        model, tokenizer = load_with_adapters(
+            source, task.model_class, seed=0, single_words=task.single_words, **task.model_kwargs()
+        )
+    else:
+        model, tokenizer = load_model(source, task.model_class, seed=0, single_words=task.single_words)
     fresh: Any = model.fresh_parameters
     if fresh:
         raise UserError(f"eval: {folder} holds no trained {fresh[0]}; give a fine-tuned model.")

@@ -78,7 +78,7 @@ def read_shards(files: list[Path], quoting: bool | None) -> Callable[[], Iterato
     return read
 
 
-def _texts(path: Path, sep: str, quoting: int) -> Any:
+def _texts(path: Path, sep: str, quoting: Any) -> Any:
     """Every column of a table as text: a label 1 and a sentence "007" stay what they are."""
     from datasets import Features, Value
 
