@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dist_reg.errors import UserError, nearest
-from dist_reg.ops.backend import implementation
+from dist_reg.ops.backend import backend_of, implementation, nobody_watches
 from dist_reg.ops.checks import check_device, check_dtype, check_spans, check_stream, signed_seed
 
 RECONSTRUCT = ("all", "sampled", "none")
@@ -60,18 +61,46 @@ def bottleneck(
         raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
     if reconstruct not in RECONSTRUCT:
         raise UserError(f"unknown reconstruct {reconstruct!r}: {nearest(reconstruct, RECONSTRUCT)}")
-    return _bottleneck(
-        hidden_states,
-        list(weights),
-        views,
-        inner,
-        token_keys,
-        spans,
-        signed_seed(seed),
-        site,
-        float(dropout),
-        reconstruct,
-    )
+    options = (signed_seed(seed), site, float(dropout), reconstruct)
+    if torch.is_grad_enabled() and nobody_watches(hidden_states) and backend_of(hidden_states) == "cpu":
+        return _Keeping.apply(hidden_states, views, inner, token_keys, spans, options, *weights)
+    return _bottleneck(hidden_states, list(weights), views, inner, token_keys, spans, *options)
+
+
+class _Keeping(torch.autograd.Function):
+    """The operation on the CPU, whose backward reads what the forward computed on the way.
+
+    It is saved as any operation saves what it needs, so activation checkpointing lets go of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        views: Tensor,
+        inner: Tensor,
+        keys: Tensor,
+        spans: Tensor | None,
+        options: tuple[Any, ...],
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        function = implementation("bottleneck_keeping", "keeping", hidden)
+        out, error, tensors, ctx.plan = function(hidden, weights, views, inner, keys, spans, *options)
+        ctx.reconstruct, ctx.count = options[-1], len(weights)
+        ctx.save_for_backward(hidden, *weights, *tensors)
+        return out, error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        gradient, error_gradient = grad_outputs
+        hidden, *rest = ctx.saved_tensors
+        weights, tensors = rest[: ctx.count], rest[ctx.count :]
+        function = implementation("bottleneck_keeping", "kept_backward", hidden)
+        found, gradients = function(
+            gradient, error_gradient, hidden, weights, tensors, ctx.plan, ctx.reconstruct
+        )
+        return found, None, None, None, None, None, *gradients
 
 
 def check_weights(weights: Sequence[Tensor], stream: Tensor) -> None:

@@ -17,8 +17,8 @@ The error reaches the autoencoders alone: with g the gradient of `out` and e tha
 
     weights from   g + 2 e (y - x) / D        hidden from g
 
-through one forward; the two gradients go through the layers as rows of one matrix. Nothing of a token's inside is kept: the
-backward computes it again. A token costs its own view (`sampled`): tokens are sorted by view and inner choice, and every
+through one forward; the two gradients go through the layers as rows of one matrix. Nothing of a token's inside is kept on a
+GPU: the backward computes it again. On the CPU, where arithmetic costs more than memory, it is kept. A token costs its own view (`sampled`): tokens are sorted by view and inner choice, and every
 weight meets one matrix of them.
 
 `weights` holds eight tensors a view: W_e [d, D], b_e [d], U [K, h, d], a [K, h], V [K, d, h], c [K, d], W_d [D, d], b_d [D].
@@ -54,12 +54,14 @@ __all__ = [
     "bottleneck_reference",
     "bottleneck_torch",
     "bottleneck_triton",
+    "come_back",
     "drop_factor",
     "forward",
     "go_through",
     "inner_site",
     "outer_site",
     "triton",
+    "uniform_torch",
     "views_of",
     "visits",
 ]
@@ -174,7 +176,7 @@ def bottleneck_torch(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, D], error fp32 [B, T]) in grouped matrix products of torch. `keys` int64 [B, T] is a token's own."""
     return forward(
-        hidden, weights, views, inner, keys, spans, seed, site, dropout, reconstruct, _uniform_torch
+        hidden, weights, views, inner, keys, spans, seed, site, dropout, reconstruct, uniform_torch
     )
 
 
@@ -193,11 +195,11 @@ def bottleneck_backward_torch(
     reconstruct: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient [B, T, D] of `hidden` and those of the weights."""
-    options = (seed, site, dropout, reconstruct, _uniform_torch)
+    options = (seed, site, dropout, reconstruct, uniform_torch)
     return backward(gradient, error_gradient, hidden, weights, views, inner, keys, spans, *options)
 
 
-def _uniform_torch(keys: Tensor, channels: int, seed: int, site: int) -> Tensor:
+def uniform_torch(keys: Tensor, channels: int, seed: int, site: int) -> Tensor:
     spans = keys.new_tensor([[0, 1]]).expand(keys.shape[0], 2)
     return noise_reference(keys, spans, 1, channels, seed=seed, site=site, distribution="uniform")[:, 0]
 
@@ -214,8 +216,9 @@ def forward(
     dropout: float,
     reconstruct: str,
     uniform: Uniform,
+    kept: list[tuple[Visit, Inside]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`bottleneck_torch` with the random numbers of `uniform`."""
+    """`bottleneck_torch` with the random numbers of `uniform`; what it computes on the way goes into `kept`, if given."""
     batch, tokens, channels = hidden.shape
     flat = hidden.reshape(-1, channels)
     out = flat.clone()
@@ -225,6 +228,8 @@ def forward(
         if not visit.rows.numel():
             continue
         inside = go_through(flat, own[visit.view], visit, keys.flatten(), seed, site, dropout, uniform)
+        if kept is not None:
+            kept.append((visit, inside))
         y = inside.y.to(out.dtype)
         if visit.taken is None:
             out[visit.rows] = y
@@ -288,16 +293,36 @@ def backward(
     uniform: Uniform,
 ) -> tuple[Tensor, list[Tensor]]:
     """`bottleneck_backward_torch` with the random numbers of `uniform`."""
+    flat, number = hidden.reshape(-1, hidden.shape[-1]), len(weights) // len(Weights._fields)
+    own = views_of(weights)
+    found = [
+        (visit, go_through(flat, own[visit.view], visit, keys.flatten(), seed, site, dropout, uniform))
+        for visit in visits(views, inner, spans, own[0].inner_encoder.shape[0], number, reconstruct == "all")
+        if visit.rows.numel()
+    ]
+    return come_back(gradient, error_gradient, hidden, weights, found, reconstruct)
+
+
+def come_back(
+    gradient: Tensor,
+    error_gradient: Tensor,
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[tuple[Visit, Inside]],
+    reconstruct: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """The backward from what the forward computed on the way in every visit that was made."""
     flat, flat_gradient = hidden.reshape(-1, hidden.shape[-1]), gradient.reshape(-1, hidden.shape[-1])
     upstream = error_gradient.flatten()
     own = views_of(weights)
     hidden_gradient = flat_gradient.clone()
+    made = {visit.view: (visit, inside) for visit, inside in kept}
     gradients = []
-    for visit in visits(views, inner, spans, own[0].inner_encoder.shape[0], len(own), reconstruct == "all"):
-        if not visit.rows.numel():
-            gradients.extend(torch.zeros_like(tensor) for tensor in own[visit.view])
+    for number, autoencoder in enumerate(own):
+        if number not in made:
+            gradients.extend(torch.zeros_like(tensor) for tensor in autoencoder)
             continue
-        inside = go_through(flat, own[visit.view], visit, keys.flatten(), seed, site, dropout, uniform)
+        visit, inside = made[number]
         taken = visit.rows if visit.taken is None else visit.rows[visit.taken]
         pull = None
         if reconstruct != "none":

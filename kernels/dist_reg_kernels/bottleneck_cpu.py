@@ -24,7 +24,7 @@ def bottleneck_cpu(
     reconstruct: str,
 ) -> tuple[Tensor, Tensor]:
     """The forward operation of bottleneck.py on CPU tensors; the arguments of `bottleneck.bottleneck_torch`."""
-    return forward(hidden, weights, views, inner, keys, spans, seed, site, dropout, reconstruct, _uniform)
+    return forward(hidden, weights, views, inner, keys, spans, seed, site, dropout, reconstruct, uniform_cpu)
 
 
 def bottleneck_backward_cpu(
@@ -42,10 +42,10 @@ def bottleneck_backward_cpu(
     reconstruct: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """The backward operation on CPU tensors; the arguments of `bottleneck.bottleneck_backward_torch`."""
-    options = (seed, site, dropout, reconstruct, _uniform)
+    options = (seed, site, dropout, reconstruct, uniform_cpu)
     return backward(gradient, error_gradient, hidden, weights, views, inner, keys, spans, *options)
 
 
-def _uniform(keys: Tensor, channels: int, seed: int, site: int) -> Tensor:
+def uniform_cpu(keys: Tensor, channels: int, seed: int, site: int) -> Tensor:
     zeros = torch.zeros(keys.shape[0], 1, channels)
     return perturb_cpu(zeros, keys, None, seed, site, 1.0, "uniform", relative=False)[:, 0]
