@@ -92,7 +92,7 @@ class _Keeping(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:  # pyrefly: ignore[bad-override]
         gradient, error_gradient = grad_outputs
         hidden, *rest = ctx.saved_tensors
         weights, tensors = rest[: ctx.count], rest[ctx.count :]

@@ -96,10 +96,14 @@ class TokenTask(Task):
         return {"rows": len(encoded), "words": words, "words_cut": cut}
 
     def reduce(self, logits: Any, labels: Any) -> Any:
-        """The predicted tag of every token [B, T], from logits [B, T, tags]: all that an evaluation keeps."""
+        """The predicted tag of every token [B, T] and each row's summed loss [B], from logits [B, T, tags] and labels [B, T]: all
+        that an evaluation keeps."""
+        import torch.nn.functional as F
+
         own = logits[0] if isinstance(logits, tuple) else logits
         check_finite(own)
-        return own.argmax(-1)
+        losses = F.cross_entropy(own.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        return own.argmax(-1), losses.sum(1)
 
     def trainable(self, encoded: Dataset) -> Dataset:
         """Without rows of which no word has a label: the mean over none is not a number.
@@ -119,8 +123,10 @@ class TokenTask(Task):
         left: Any = encoded.select(kept)
         return left
 
-    def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> dict[str, float]:
-        """Scores over all words of `rows` (tokenized), from what `reduce` kept of them [N, T] and labels [N, T]."""
+    def compute_metrics(self, predictions: Any, labels: np.ndarray, rows: Dataset) -> dict[str, float]:
+        """Scores over all words of `rows` (tokenized), and the loss over those that have a label, from what `reduce` kept of them
+        ([N, T], [N]) and labels [N, T]."""
+        predictions, losses = predictions
         if len(predictions) == 0:
             raise UserError("the evaluation set is empty: no metric is defined")
         if not len(predictions) == len(labels) == len(rows):
@@ -134,7 +140,9 @@ class TokenTask(Task):
             for one, other in zip(own, wanted, strict=True)
         ]
         scores["accuracy"] = float(np.mean(right))
-        return {name: scores[name] for name in self.metrics}
+        known = {name: scores[name] for name in self.metrics}
+        labelled = int((labels != IGNORED).sum())
+        return {**known, "loss": float(losses.sum() / labelled)} if labelled else known
 
     def _by_word(self, predictions: np.ndarray, labels: np.ndarray, rows: Dataset) -> list[list[Any]]:
         """A tag for every word; one that has no piece gets O, or None where there is no O."""

@@ -124,7 +124,7 @@ def predictions_of(task, tags: list[list[int]], width: int) -> tuple[np.ndarray,
         places = [place for place, tag in enumerate(label) if tag != -100]
         for place, word in zip(places, words):
             predicted[row, place] = tags[row][word]
-    return predicted, labels
+    return (predicted, np.ones(len(tags))), labels
 
 
 def test_scores_are_those_of_seqeval(tmp_path):
@@ -178,7 +178,7 @@ def test_words_the_model_did_not_see_count_as_not_found(tmp_path, caplog):
 def test_parts_of_speech_that_the_model_did_not_see_are_wrong(tmp_path):
     task = load_task("pos", files(tmp_path, "Anna N\nwaits V\n", "Anna N\nwaits V\n")).tokenize(pieces(), 1)
     predictions, labels = predictions_of(task, [[0, 1]], 1)
-    assert task.compute_metrics(predictions, labels, task.dev) == {"accuracy": 0.5}
+    assert task.compute_metrics(predictions, labels, task.dev) == {"accuracy": 0.5, "loss": 1.0}
     with pytest.raises(ValueError, match="1 rows of predictions, but 2 rows"):
         task.compute_metrics(predictions, labels, task.dev.select([0, 0]))
 
@@ -221,11 +221,23 @@ def test_the_batch_holds_model_inputs_alone(tmp_path):
 
 def test_an_evaluation_keeps_tags_and_refuses_nan(tmp_path):
     task = load_task("ner", files(tmp_path))
-    logits = torch.randn(2, 3, 5)
-    assert torch.equal(task.reduce(logits, None), logits.argmax(-1))
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 4], [-100, -100, 2]])
+    tags, losses = task.reduce(logits, labels)
+    assert torch.equal(tags, logits.argmax(-1))
+    logs = logits.log_softmax(-1)
+    assert losses.tolist() == pytest.approx([-(logs[0, 0, 1] + logs[0, 2, 4]).item(), -logs[1, 2, 2].item()])
     logits[1, 2, 0] = float("nan")
     with pytest.raises(UserError, match="NaN logits in 1 of 2"):
-        task.reduce(logits, None)
+        task.reduce(logits, labels)
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_words(tmp_path):
+    dev = "waits\tO\n\nRome\tB-place\nwaits\tO\n"
+    task = load_task("ner", files(tmp_path, dev=dev)).tokenize(pieces(), 16)
+    (tags, _), labels = predictions_of(task, [[0], [3, 0]], 4)
+    assert task.compute_metrics((tags, np.array([3.0, 1.0])), labels, task.dev)["loss"] == pytest.approx(
+        4 / 3
+    )
 
 
 def test_further_sets_with_other_names(tmp_path):
