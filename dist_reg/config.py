@@ -73,7 +73,8 @@ class RunConfig:
 
     model: ModelConfig
     task: str | None = None
-    """A task's name (`demo`, a GLUE task, `wnut17`; `classification`, `regression`, `ner`, `pos` on files of your own)."""
+    """A task's name: `demo`, a GLUE task, `wnut17`, `squad`, `squad_v2`; on files of your own `classification`, `regression`, `ner`,
+    `pos`, `qa` or `lm`."""
     data: DataConfig = field(default_factory=DataConfig)
     methods: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     """Methods in the order they act, each `name: {option: value}`; a bare name takes the defaults."""
