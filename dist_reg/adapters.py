@@ -73,12 +73,38 @@ def add_adapters(model: transformers.PreTrainedModel, config: Any, seed: int) ->
     try:
         if quantized:
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        # bf16 adapters would lose small steps: the optimizer's weights are fp32, as a plain model's are
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
         raise UserError(f"peft: {reason(error)}") from None
     finally:
         torch.random.set_rng_state(state)
+    _train_in_float32(adapted)
+    return adapted
+
+
+def _train_in_float32(model: Any) -> None:
+    """Every weight that trains in float32, in which small steps are not rounded away: PEFT casts its adapters, not a new head.
+
+    Raises:
+        UserError: a weight that trains is a part of a layer of another dtype.
+    """
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        for part in copies.values() if isinstance(copies, torch.nn.ModuleDict) else ():
+            if any(weight.dtype != torch.float32 for weight in part.parameters()):
+                part.float()
+                part.register_forward_pre_hook(_in_float32)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            raise UserError(
+                f"peft: {name} would train in {weight.dtype}, which rounds small steps away; leave model.dtype at float32."
+            )
+
+
+def _in_float32(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if torch.is_tensor(value) and value.is_floating_point() else value for value in args
+    )
 
 
 def trained_share(model: Any) -> str:

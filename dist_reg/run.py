@@ -69,7 +69,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     rows: Any = task.train
     if task.source is not None:
         seed = args.seed if args.data_seed is None else args.data_seed
-        rows = task.stream(tokenizer, length, seed=seed, buffer=run.data.shuffle_buffer)
+        rows = task.stream(tokenizer, length, seed=seed, buffer=run.data.shuffle_buffer or 10_000)
     trainer = build_trainer(run, task, model, tokenizer, args, folder, rows)
     trainer.accelerator.wait_for_everyone()
     with folder.begin(run) if is_main() else contextlib.nullcontext():
@@ -103,6 +103,7 @@ def train_in(
     trainer.remove_callback(transformers.EarlyStoppingCallback)
     metrics = evaluate(trainer, task)
     domains = task.by_domain(metrics)
+    chosen = str(args.metric_for_best_model).removeprefix("eval_")
     results = {
         "task": task.name,
         "model": run.model.name,
@@ -117,7 +118,7 @@ def train_in(
         "main_metric": task.main_metric,
         "main_metric_scale": "percent" if task.percent else "number",
         "greater_is_better": task.greater_is_better,
-        "selection": "best dev checkpoint" if args.load_best_model_at_end else "last step",
+        "selection": f"best dev checkpoint by {chosen}" if args.load_best_model_at_end else "last step",
         "metrics": metrics,
         **({} if domains is None else {"domains": domains}),
         "timings": {
@@ -169,6 +170,7 @@ def build_trainer(
             methods=run.build_methods(),
             layers_path=run.model.layers_path,
             train_dataset=rows,
+            try_out=task.try_out,
             lengths=list(map(len, rows["input_ids"])) if run.data.group_by_length else None,
             eval_dataset=task.dev,
             data_collator=task.collator(tokenizer),
@@ -209,7 +211,6 @@ def check_fit(run: RunConfig, task: Task, model: Any, args: transformers.Trainin
         raise UserError(
             f"train.metric_for_best_model: {task.name} has no {args.metric_for_best_model!r}; {hint}"
         )
-    task.check_use(model)
     listed = [name for entry in run.methods for name in entry]
     for name in kept_methods(model):
         if name not in listed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,8 @@ class Trainer(transformers.Trainer):
     The noise of an example is keyed by (`args.seed`, epoch, example id), so a run is the same on any number of
     processes and any ZeRO stage; ids come from the batch's `example_ids` (see `dist_reg.tasks.Collator`). Every log
     line holds the loss by term. Checkpoints are sealed by `dist_reg.checkpoint`. `lengths`, of the training examples, groups
-    those of about one length in a step.
+    those of about one length in a step. `try_out` is called once, before the first step, with the model as it is trained, the
+    size of its vocabulary and its device.
     """
 
     def __init__(
@@ -140,9 +141,10 @@ class Trainer(transformers.Trainer):
         methods: Sequence[Method] = (),
         layers_path: str | None = None,
         lengths: Sequence[int] | None = None,
+        try_out: Callable[[Any, int, torch.device], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._lengths = lengths
+        self._lengths, self._try_out = lengths, try_out
         self.handle = regularize(model, methods, seed=args.seed, layers_path=layers_path)
         self._warmup_epochs = max((method.epochs_alone() for method in methods), default=0)
         if self._warmup_epochs:
@@ -303,6 +305,10 @@ class Trainer(transformers.Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ids = _pop_ids(inputs)
+        if model.training and self._try_out is not None:
+            own, self._try_out = self._try_out, None
+            inner: Any = self.handle.model
+            own(model, inner.get_input_embeddings().num_embeddings, self.args.device)
         if model.training and ids is not None:
             epoch = self._sampler.epoch if self._sampler is not None else int(self.state.epoch or 0)
             inputs["example_keys"] = example_keys(ids, epoch)

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ REFUSED = {
 }
 """Fields that contradict what a run is."""
 
+LESS_IS_BETTER = ("loss", "perplexity")
+
 SETTING_ERRORS = (ValueError, TypeError, ImportError, KeyError, AttributeError, AssertionError, RuntimeError)
 """What Transformers raises for a setting it cannot take."""
 
@@ -100,7 +103,10 @@ def training_arguments(
     if not torch.cuda.is_available():
         train.setdefault("use_cpu", True)
     train.setdefault("metric_for_best_model", main_metric)
-    train.setdefault("greater_is_better", greater_is_better)
+    chosen = str(train["metric_for_best_model"]).removeprefix("eval_")
+    train.setdefault(
+        "greater_is_better", greater_is_better if chosen == main_metric else chosen not in LESS_IS_BETTER
+    )
     train.setdefault("disable_tqdm", not sys.stderr.isatty())
     config = {} if run.deepspeed is None else read_ds_config(run.deepspeed)
     if run.deepspeed is not None:
@@ -108,7 +114,7 @@ def training_arguments(
         check_agreement(run, train, config)
         train["deepspeed"] = config
     if run.data.streaming:
-        _check_streaming(train)
+        _lay_out_stream(train, run.train)
     train["output_dir"] = str(checkpoints)
     try:
         args = transformers.TrainingArguments(**train)
@@ -182,16 +188,35 @@ def _check_names(train: dict[str, Any]) -> None:
             raise UserError(f"train: unknown key {name!r}; {nearest(name, known)}")
 
 
-def _check_streaming(train: dict[str, Any]) -> None:
+def _lay_out_stream(train: dict[str, Any], given: Mapping[str, Any]) -> None:
     """What a training set without a length needs, and how its rows reach the processes."""
-    if train.get("max_steps", -1) < 1:
+    steps = train.get("max_steps", -1)
+    if steps < 1:
         raise UserError("data.streaming needs train.max_steps: how many rows there are is not known.")
+    if "num_train_epochs" in given:
+        raise UserError(
+            "train.num_train_epochs has no use with data.streaming, which train.max_steps ends; leave it out."
+        )
     if train.get("dataloader_num_workers", 0):
         raise UserError(
             "train.dataloader_num_workers must be 0 with data.streaming, whose rows are counted as they are read."
         )
+    for what in ("eval", "save"):
+        if given.get(f"{what}_strategy") == "epoch":
+            raise UserError(
+                f"train.{what}_strategy: a stream has no epochs; use steps, and train.{what}_steps."
+            )
+        if train[f"{what}_strategy"] == "epoch":
+            train[f"{what}_strategy"] = "steps"
+        if train[f"{what}_strategy"] == "steps":
+            train.setdefault(f"{what}_steps", max(1, steps // 10))
+    config = train.get("accelerator_config") or {}
+    if not isinstance(config, dict):
+        raise UserError(
+            "train.accelerator_config must stand in the run file itself with data.streaming, which adds to it."
+        )
     # every process reads the stream and takes its share: batches of different lengths cannot be sent around
-    train["accelerator_config"] = {**(train.get("accelerator_config") or {}), "dispatch_batches": False}
+    train["accelerator_config"] = {**config, "dispatch_batches": False}
 
 
 def _check_values(train: dict[str, Any]) -> None:

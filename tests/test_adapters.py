@@ -104,15 +104,23 @@ def test_weights_in_fewer_bits(tmp_path, bits):
     assert all(gradient.abs().sum() > 0 and gradient.dtype == torch.float32 for gradient in gradients)
 
 
-def test_frozen_weights_in_16_bits_and_adapters_in_32(tmp_path):
+def test_frozen_weights_in_16_bits_and_those_that_train_in_32(tmp_path):
     save_tiny(tmp_path / "model")
     held, _ = load_model(ModelConfig(name=str(tmp_path / "model"), dtype="bfloat16"), CLASSES, 0)
     model = add_adapters(held, adapter_config({"r": 4}, CLASSES), 0)
-    kinds = {p.requires_grad: set() for p in model.parameters()}
-    for name, p in model.named_parameters():
-        if "lora" in name or not p.requires_grad:
-            kinds[p.requires_grad].add(p.dtype)
-    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    frozen = {
+        p.dtype
+        for name, p in model.named_parameters()
+        if not p.requires_grad and "original_module" not in name
+    }
+    assert frozen == {torch.bfloat16}
+    outputs = model(**batch("bert"))
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.float32
+    held, _ = load_model(ModelConfig(name=str(tmp_path / "model"), dtype="bfloat16"), CLASSES, 0)
+    with pytest.raises(UserError, match="would train in torch.bfloat16, which rounds small steps away"):
+        add_adapters(held, adapter_config({"r": 4, "bias": "all"}, CLASSES), 0)
 
 
 def test_a_folder_of_trained_adapters(tmp_path):

@@ -119,7 +119,12 @@ def test_what_the_messages_and_defaults_name_exists():
     assert set(DEFAULTS) <= set(known)
     for replacement in RENAMED.values():
         word = replacement.partition(" ")[0].rstrip(":")
-        assert word in known or word in ("train.output_dir", "nothing:", "nothing"), replacement
+        assert word in known or word in (
+            "train.output_dir",
+            "data.group_by_length,",
+            "nothing:",
+            "nothing",
+        ), replacement
 
 
 @pytest.mark.parametrize(

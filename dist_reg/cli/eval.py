@@ -97,7 +97,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         args = transformers.TrainingArguments(
             output_dir=scratch,
-            per_device_eval_batch_size=32,
+            per_device_eval_batch_size=int(run.train.get("per_device_eval_batch_size", 32)),
             report_to="none",
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
@@ -109,5 +109,7 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
             data_collator=task.collator(tokenizer),
         )
         score(trainer, task)
+        table: Any = model.get_input_embeddings()
+        task.try_out(model, table.num_embeddings, args.device)
         trainer.remove_callback(transformers.PrinterCallback)
         return evaluate_sets(trainer, task)

@@ -103,8 +103,8 @@ class DataConfig:
     streaming: bool = False
     """Read the training rows while they are needed, for sets larger than memory (classification, regression, lm). `train` may then
     name many files, such as `part-*.jsonl`."""
-    shuffle_buffer: int = 10_000
-    """Streamed rows among which the next one is drawn."""
+    shuffle_buffer: int | None = None
+    """Streamed rows among which the next one is drawn; 10,000 if not given."""
     qa: QAOptions | None = None
     """Options of question answering."""
     lm: LMOptions | None = None
@@ -117,6 +117,8 @@ class DataConfig:
             max_length=self.max_length,
             shuffle_buffer=self.shuffle_buffer,
         )
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise UserError("data.shuffle_buffer has no use without data.streaming: all rows are shuffled")
         for name in ("train_samples", "dev_fraction", "group_by_length"):
             if self.streaming and getattr(self, name):
                 raise UserError(

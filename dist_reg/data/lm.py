@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dist_reg.data.files import FORMATS, check_file, read_table, read_text
-from dist_reg.data.table import Table
+from dist_reg.data.table import Table, check_text
 from dist_reg.errors import UserError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -88,7 +88,10 @@ def examples_of(table: Table, form: str, options: LMOptions, text: str | None) -
         name = options.messages or "messages"
         chats = [_chat(table, row, chat) for row, chat in enumerate(table.column(name))]
         places = [table.where(row) for row in range(len(table))]
-        return replace(table, columns={"messages": chats, "place": places})
+        tools = [
+            _tools(table, row, own) for row, own in enumerate(table.columns.get("tools", [None] * len(table)))
+        ]
+        return replace(table, columns={"messages": chats, "tools": tools, "place": places})
     if form == TEXT:
         texts = table.texts(text or "text")
         for row, own in enumerate(texts):
@@ -119,14 +122,33 @@ def _filled(table: Table, wanted: str, option: str) -> list[str]:
             known = nearest(name, list(table.columns))
             raise UserError(f"data.lm.{option} names {{{name}}}, no column of {table.source}; {known}")
     columns = {name: [str(value) for value in table.column(name)] for name in names}
+    for row in range(len(table)):
+        if option == "completion" and names and not any(columns[name][row].strip() for name in names):
+            raise UserError(
+                f"{table.where(row)}: the completion is empty (column {names[0]!r}), so there is nothing to learn from it"
+            )
+        for name in names:
+            check_text(columns[name][row], f"{table.where(row)}, column {name!r}")
     return [
         "".join(fixed + (columns[name][row] if name is not None else "") for fixed, name, _, _ in parts)
         for row in range(len(table))
     ]
 
 
-def _chat(table: Table, row: int, chat: Any) -> list[dict[str, str]]:
-    """The messages of a row, checked; csv holds them as JSON."""
+def _tools(table: Table, row: int, tools: Any) -> str:
+    """The tools that a chat may call, as JSON; the column `tools` holds a list of them, or JSON of one, where there is any."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise UserError(f"{table.where(row)}: the tools are no JSON") from None
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f"{table.where(row)}: the tools are no list")
+    return json.dumps(tools or None)
+
+
+def _chat(table: Table, row: int, chat: Any) -> str:
+    """The messages of a row, checked, as JSON; csv holds them so too. Whatever else a message has is for the template."""
     where = table.where(row)
     if isinstance(chat, str):
         try:
@@ -136,12 +158,14 @@ def _chat(table: Table, row: int, chat: Any) -> list[dict[str, str]]:
     if not isinstance(chat, Sequence) or isinstance(chat, str) or not chat:
         raise UserError(f"{where}: the chat is no list of messages")
     for number, message in enumerate(chat, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        calls = isinstance(message, dict) and message.get("tool_calls")
+        if not isinstance(message, dict) or not (isinstance(message.get("content"), str) or calls):
             raise UserError(f"{where}, message {number}: not of the form {{role: ..., content: ...}}")
         if message.get("role") not in ROLES:
             role = str(message.get("role"))
             raise UserError(f"{where}, message {number}: unknown role {role!r}; {nearest(role, ROLES)}")
-        if message["role"] == "assistant" and not message["content"].strip():
+        check_text(message.get("content") or "", f"{where}, message {number}")
+        if message["role"] == "assistant" and not calls and not message["content"].strip():
             raise UserError(
                 f"{where}, message {number}: the assistant says nothing, so there is nothing to learn"
             )
@@ -149,4 +173,7 @@ def _chat(table: Table, row: int, chat: Any) -> list[dict[str, str]]:
         raise UserError(
             f"{where}: the assistant says nothing in this chat, so there is nothing to learn from it"
         )
-    return [{"role": message["role"], "content": message["content"]} for message in chat]
+    # what a row of a table lacks comes as None, which templates take for something
+    return json.dumps(
+        [{key: value for key, value in message.items() if value is not None} for message in chat]
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dist_reg.data.files import FORMATS, check_file, read_table, read_text
-from dist_reg.data.table import Table
+from dist_reg.data.table import Table, check_text
 from dist_reg.errors import UserError
 
 COLUMNS = ("question", "context", "answers")
@@ -131,6 +131,8 @@ def _located(table: Table, answers: list[list[tuple[Any, Any]]]) -> Table:
     moved: list[int] = []
     for row, found in enumerate(answers):
         context, own, places = table.columns["context"][row], [], []
+        for name in ("context", "question"):
+            check_text(table.columns[name][row], f"{table.where(row)}, {name}")
         for text, start in found:
             if not isinstance(text, str) or not text.strip():
                 raise UserError(

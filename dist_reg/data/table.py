@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+def check_text(text: str, where: str) -> None:
+    """Raise UserError for half a character, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start + 1} is half of one (U+{ord(text[error.start]):04X}), which is no text"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Columns of one data set and where its rows come from."""
@@ -64,6 +74,7 @@ class Table:
                     f"{self.where(index)}: column {name!r} holds {value!r}, which is no text; "
                     "name the column with the text under data.text"
                 )
+            check_text(value, f"{self.where(index)}, column {name!r}")
         return values
 
     def labels(self, name: str) -> list[Any]:

@@ -71,8 +71,12 @@ class Task(ABC):
         """Whether the main metric is a share, to be shown in percent."""
         return True
 
-    def check_use(self, model: Any) -> None:  # noqa: B027
-        """That `model` can do what the options of the task ask for. Raises UserError where it cannot."""
+    def try_out(self, model: Any, vocabulary: int, device: Any) -> None:  # noqa: B027
+        """Run `model`, as it will be trained, on rows that show whether it can do what the task needs.
+
+        Raises:
+            UserError: it cannot.
+        """
 
     @property
     def evaluation_sets(self) -> dict[str, Dataset]:
@@ -187,11 +191,21 @@ class Task(ABC):
         assert self.source is not None
         encode = partial(self.encode, tokenizer=tokenizer, max_length=max_length)
         found = Stream(
-            self.source, encode, self.is_trainable, seed=seed, buffer=buffer, pack=self.packer(max_length)
+            self.source,
+            encode,
+            self.is_trainable,
+            self.tally,
+            seed=seed,
+            buffer=buffer,
+            pack=self.packer(max_length),
         )
         counts: Any = self.counts
         counts["train"] = found.counts
         return found
+
+    def tally(self, row: Mapping[str, Any]) -> dict[str, int]:
+        """What a streamed row adds to the counts of the training set, beside itself."""
+        return {}
 
     def is_trainable(self, row: Mapping[str, Any]) -> bool:
         """Whether a model can learn from a tokenized row; from all of them, in most tasks."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_reg.errors import UserError, reason
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def template_of(tokenizer: Any, path: str | None) -> str | None:
@@ -31,7 +31,7 @@ def template_of(tokenizer: Any, path: str | None) -> str | None:
 
 
 def spoken(
-    tokenizer: Any, chat: Sequence[Message], template: str | None, place: str
+    tokenizer: Any, chat: Sequence[Message], tools: list[Any] | None, template: str | None, place: str
 ) -> tuple[str, list[tuple[int, int]], int]:
     """The text of `chat`, the spans [start, end) of what the assistant says in it, and how many of its turns are left out.
 
@@ -47,14 +47,19 @@ def spoken(
             return ""
         try:
             found: Any = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=template
+                list(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                chat_template=template,
             )
         except Exception as error:  # whatever a template raises, and Jinja for it
             raise UserError(f"{place}: the chat template refuses this chat: {reason(error)}") from None
         return found
 
-    whole = text(chat, False)
     turns = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    chat = chat[: turns[-1] + 1]  # what nobody answers is nothing to learn
+    whole = text(chat, False)
     spans, left_out = [], 0
     for number in turns:
         before = text(chat[:number], True)

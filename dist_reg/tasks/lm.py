@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from dist_reg.streams import IGNORED
 from dist_reg.tasks.base import EXAMPLE_ID, Task
 from dist_reg.tasks.chats import spoken, template_of
 from dist_reg.tasks.collator import Collator
-from dist_reg.tasks.packing import PackedCollator, check_keeps_examples_apart, pack, pack_rows
+from dist_reg.tasks.packing import PackedCollator, pack, pack_rows, try_model
 
 if TYPE_CHECKING:
     import torch
@@ -69,10 +70,9 @@ class LMTask(Task):
     def check_model(self, model: Any, name: str) -> None:
         """Nothing to check: any causal language model predicts tokens."""
 
-    def check_use(self, model: Any) -> None:
-        """That packed rows are kept apart by the model."""
-        if self.options.packing:
-            check_keeps_examples_apart(model)
+    def try_out(self, model: Any, vocabulary: int, device: Any) -> None:
+        """That no token sees those behind it, nor, in packed rows, another example."""
+        try_model(model, vocabulary, device, packed=self.packed)
 
     def encoding(self) -> Any:
         path = self.options.chat_template
@@ -88,6 +88,10 @@ class LMTask(Task):
         self, rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> dict[str, list[Any]]:
         """Token ids and labels; an end-of-text token closes what is to be learnt, where the tokenizer has one."""
+        if max_length < 2:
+            raise UserError(
+                "data.max_length must be 2 or more: a language model predicts a token from one before it."
+            )
         if self.form == TEXT:
             return _encode_texts(rows, tokenizer, max_length)
         if self.form == COMPLETION:
@@ -156,6 +160,14 @@ class LMTask(Task):
 
     def is_trainable(self, row: Mapping[str, Any]) -> bool:
         return any(label != IGNORED for label in row["label"])
+
+    def tally(self, row: Mapping[str, Any]) -> dict[str, int]:
+        return {
+            "tokens": len(row["input_ids"]),
+            "tokens_predicted": sum(label != IGNORED for label in row["label"]),
+            "rows_cut": row["cut"],
+            "turns_left_out": row["turns_left_out"],
+        }
 
     def packer(self, max_length: int) -> Any:
         return partial(pack_rows, capacity=max_length) if self.options.packing else None
@@ -261,8 +273,14 @@ def _encode_chats(
             f"chats need a fast tokenizer, which knows the characters of every token; {type(tokenizer).__name__} does not."
         )
     own_template = template_of(tokenizer, template)
+    if "strftime_now" in (own_template or str(tokenizer.chat_template)):
+        logger.warning(
+            "the chat template writes today's date, so a run that is resumed on another day differs; a template without it can be "
+            "given as data.lm.chat_template."
+        )
     chats = [
-        spoken(tokenizer, chat, own_template, place) for chat, place in zip(rows["messages"], rows["place"])
+        spoken(tokenizer, json.loads(chat), json.loads(tools), own_template, place)
+        for chat, tools, place in zip(rows["messages"], rows["tools"], rows["place"], strict=True)
     ]
     encoded = tokenizer(
         [text for text, _, _ in chats], add_special_tokens=False, return_offsets_mapping=True, verbose=False

@@ -23,6 +23,13 @@ def own_lm(config: DataConfig) -> Task:
     for option in ("text_pair", "label"):
         if getattr(config, option) is not None:
             raise UserError(f"data.{option} has no use with task lm; see data.text and data.lm")
+    if config.text is not None and (options.prompt is not None or options.messages is not None):
+        other = "prompt" if options.prompt is not None else "messages"
+        raise UserError(f"data.text is given beside data.lm.{other}; a row is either a text or that")
+    if options.packing and config.group_by_length:
+        raise UserError(
+            "data.group_by_length has no use with data.lm.packing, whose rows are all about as long; keep one"
+        )
     tables = _tables(config)
     read, name = training_stream(config) if config.streaming else (None, "")
     if read is not None:

@@ -8,7 +8,6 @@ example alone.
 from __future__ import annotations
 
 import bisect
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,19 +71,46 @@ def pack_rows(rows: Sequence[dict[str, Any]], capacity: int) -> list[dict[str, A
     ]
 
 
-def check_keeps_examples_apart(model: Any) -> None:
-    """Raise UserError for a model whose attention does not follow its position ids."""
-    from dist_reg.backbone import find_backbone
+EXAMPLE = 4
+"""Tokens of an example in the rows by which a model is tried."""
+NOISE = 1e-6
+"""Part of the largest logit by which two that should be equal may differ."""
 
-    base = find_backbone(model).base
+
+@torch.no_grad()
+def try_model(model: Any, vocabulary: int, device: torch.device, *, packed: bool) -> None:
+    """Run `model`, as it will be trained, on two rows of two short examples each, and see who sees whom.
+
+    Raises:
+        UserError: a token sees one behind it, so that it would be shown what it is to predict; or, where rows are to be `packed`,
+            one example sees another.
+    """
+    training = model.training
+    model.eval()
     try:
-        source = inspect.getsource(type(base).forward)
-    except (OSError, TypeError):
-        source = ""
-    if "create_causal_mask" not in source or "position_ids" not in source:
-        raise UserError(
-            f"data.lm.packing: {type(base).__name__} takes several examples in a row for one; set packing: false"
-        )
+        whole = torch.arange(4 * EXAMPLE, device=device).view(2, -1) % max(2, vocabulary // 2)
+        places = torch.arange(EXAMPLE, device=device).repeat(2, 2)
+
+        def logits(rows: torch.Tensor) -> torch.Tensor:
+            more = {"position_ids": places} if packed else {}
+            return model(input_ids=rows, use_cache=False, **more).logits.float()
+
+        before = logits(whole)
+        least = NOISE * before.abs().max()
+        other_end, other_start = whole.clone(), whole.clone()
+        other_end[:, -1] += 1
+        other_start[:, :EXAMPLE] += 1
+        if (logits(other_end) - before)[:, :-1].abs().max() > least:
+            raise UserError(
+                "model: a token sees those behind it, and so what it is to predict: it is an encoder; task lm needs a decoder."
+            )
+        if packed and (logits(other_start) - before)[:, EXAMPLE:].abs().max() > least:
+            raise UserError(
+                "data.lm.packing: this model, or its attention, lets the examples of a row see each other; set packing: false, or "
+                "attn_implementation sdpa under model.config."
+            )
+    finally:
+        model.train(training)
 
 
 @dataclass(frozen=True, kw_only=True)

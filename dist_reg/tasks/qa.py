@@ -240,8 +240,9 @@ def _tokens_of(
     last = first + count
     if not count or starts[first] > start or ends[last - 1] < end:
         return None
-    i = bisect_right(starts, start, first, last) - 1
-    j = bisect_left(ends, end, first, last)
+    # a character of several bytes may be several tokens with the same offsets: all of them are meant
+    i = bisect_right(ends, start, first, last)
+    j = bisect_left(starts, end, first, last) - 1
     return i, max(i, j)
 
 

@@ -75,6 +75,10 @@ def _read(file: str, data_dir: str | None, quoting: bool | None) -> Table:
 
 
 def _build(name: str, tables: dict[str, Table], config: DataConfig) -> Task:
+    if config.group_by_length:
+        raise UserError(
+            f"data.group_by_length has no use with task {name}, whose batches are padded to the longest window"
+        )
     for option in ("text", "text_pair", "label"):
         if getattr(config, option) is not None:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from dist_reg.data.table import Table
+from dist_reg.data.table import Table, check_text
 from dist_reg.errors import UserError, nearest
 
 OUTSIDE = "O"
@@ -50,6 +50,7 @@ def check_sentences(table: Table, *, entities: bool) -> None:
         for place, word in enumerate(words):
             if not isinstance(word, str) or not word.strip():
                 raise UserError(f"{table.where(row)}: token {place + 1} is {word!r}, no text")
+            check_text(word, f"{table.where(row)}, token {place + 1}")
             if not isinstance(own[place], str) or not own[place].strip():
                 raise UserError(
                     f"{table.where(row)}, token {place + 1} ({word!r}): its tag is {own[place]!r}, no text"

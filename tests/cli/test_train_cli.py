@@ -183,7 +183,7 @@ def test_results(first):
     assert found["methods"] == read_yaml(root / "out" / "run.yaml")["methods"]
     assert (found["seed"], found["data_seed"], found["train_examples"]) == (3, 0, 64)
     assert found["main_metric"] == "accuracy"
-    assert found["selection"] == "best dev checkpoint"
+    assert found["selection"] == "best dev checkpoint by accuracy"
     dev = found["metrics"]["dev"]
     assert dev.keys() == {"accuracy", "macro_f1", "loss"}
     assert f"dev: accuracy {dev['accuracy']:.4f}" in called.out
@@ -348,7 +348,7 @@ def test_early_stopping_exports_the_best_checkpoint(fresh):
     called = call("train", "run.yaml", *changes, cwd=fresh)
     assert called.code == 0, called.err
     assert results(fresh)["timings"]["steps"] == 4
-    assert results(fresh)["selection"] == "best dev checkpoint"
+    assert results(fresh)["selection"] == "best dev checkpoint by accuracy"
     assert steps(fresh) == ["checkpoint-2", "checkpoint-4"]
     best, last = (weights(fresh / "out" / "checkpoints" / name) for name in steps(fresh))
     assert not same(best, last)

@@ -72,6 +72,9 @@ def test_what_a_stream_needs(tmp_path):
     path.write_text(json.dumps(file))
     for override, message in (
         ("train.max_steps=-1", "data.streaming needs train.max_steps"),
+        ("train.num_train_epochs=2", "train.num_train_epochs has no use with data.streaming"),
+        ("train.save_strategy=epoch", "train.save_strategy: a stream has no epochs; use steps"),
+        ("train.accelerator_config=a.json", "train.accelerator_config must stand in the run file itself"),
         ("train.dataloader_num_workers=2", "train.dataloader_num_workers must be 0 with data.streaming"),
         ("methods.mvcr.warmup_epochs=1", "warmup_epochs needs a training set with a length"),
     ):

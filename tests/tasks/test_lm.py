@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertLMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.lm import LMOptions
 from dist_reg.errors import UserError
 from dist_reg.tasks import load_task
-from dist_reg.tasks.packing import bins, check_keeps_examples_apart
+from dist_reg.tasks.packing import bins, try_model
 from tests.models import build
 from tests.tiny import WORDS
 
@@ -151,6 +151,29 @@ def test_the_loss_of_a_chat_is_on_what_the_assistant_says(tmp_path):
     assert learnt(task.train[0]) == "is good <|end|> is not bad <|end|>"
 
 
+def test_whatever_else_a_message_has_reaches_the_template(tmp_path):
+    template = (
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}{% for m in messages %}<|{{ m.role }}|> "
+        "{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% else %}{{ m.content }}{% endif %} <|end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    chat = [
+        {"role": "user", "content": "the film", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "book"}]},
+        {"role": "tool", "content": "was dull"},
+        {"role": "assistant", "content": "is bad"},
+        {"role": "user", "content": "nobody answers"},
+    ]
+    row = {"messages": chat, "tools": [{"name": "meal"}]}
+    task = load_task("lm", rows(tmp_path, row)).tokenize(decoder_tokenizer(template), 64)
+    assert words(task.train[0]["input_ids"]) == (
+        "meal <|user|> the film <|end|> <|assistant|> book <|end|> <|tool|> was dull <|end|> <|assistant|> is bad <|end|>"
+    ).replace("<|tool|>", "[UNK]")
+    assert learnt(task.train[0]) == "book <|end|> is bad <|end|>"
+    with pytest.raises(UserError, match="line 1: the tools are no list"):
+        load_task("lm", rows(tmp_path, {**row, "tools": {"name": "meal"}}))
+
+
 def test_turns_that_the_template_rewrites_do_not_count(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         task = load_task("lm", rows(tmp_path, {"messages": CHAT})).tokenize(decoder_tokenizer(REWRITING), 64)
@@ -171,6 +194,7 @@ def test_chats_in_csv_and_a_template_from_a_file(tmp_path):
 
 
 BAD_ROWS = {
+    "half a character": ({"text": "a \ud83d"}, r"line 1, column 'text': character 3 is half of one .U.D83D"),
     "empty completion": ({"prompt": "the", "completion": " "}, "line 1: the completion is empty"),
     "empty text": ({"text": ""}, "line 1: the text is empty"),
     "no columns": ({"a": "b"}, "has no column 'text'"),
@@ -211,6 +235,19 @@ def test_options_that_contradict(tmp_path):
         LMOptions(prompt="a", completion="b", messages="c")
     with pytest.raises(UserError, match="data.lm.completion is missing"):
         LMOptions(prompt="a")
+    with pytest.raises(UserError, match="data.text is given beside data.lm.prompt"):
+        load_task(
+            "lm",
+            rows(tmp_path, *PAIRS, text="prompt", lm=LMOptions(prompt="prompt", completion="completion")),
+        )
+    with pytest.raises(UserError, match="line 1: the completion is empty .column 'a'"):
+        load_task(
+            "lm", rows(tmp_path, {"q": "b", "a": " "}, lm=LMOptions(prompt="q", completion="Answer: {a}"))
+        )
+    with pytest.raises(UserError, match="data.group_by_length has no use with data.lm.packing"):
+        load_task("lm", rows(tmp_path, *PAIRS, group_by_length=True, lm=LMOptions(packing=True)))
+    with pytest.raises(UserError, match="data.max_length must be 2 or more"):
+        load_task("lm", rows(tmp_path, *PAIRS)).tokenize(decoder_tokenizer(), 1)
     with pytest.raises(UserError, match="data.lm has no use with task sst2"):
         load_task("sst2", DataConfig(lm=LMOptions()))
     with pytest.raises(UserError, match="data.label has no use with task lm"):
@@ -275,7 +312,6 @@ def test_packed_rows_have_the_loss_of_their_examples(tmp_path, family):
     for packing in (False, True):
         config = rows(tmp_path, *PAIRS, *PAIRS[::-1], PAIRS[0], lm=LMOptions(packing=packing))
         task = load_task("lm", config).tokenize(decoder_tokenizer(), 24)
-        task.check_use(model)
         batch = task.collator(decoder_tokenizer())([task.train[i] for i in range(len(task.train))])
         for name in ("example_ids", "row_spans"):
             batch.pop(name, None)
@@ -290,11 +326,37 @@ def test_packed_rows_have_the_loss_of_their_examples(tmp_path, family):
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_model_that_cannot_tell_examples_apart_is_refused(monkeypatch):
-    model = build("llama", "causal")
-    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids: input_ids)
-    with pytest.raises(UserError, match="takes several examples in a row for one"):
-        check_keeps_examples_apart(model)
+def tiny_opt():
+    config = OPTConfig(
+        vocab_size=100, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2"])
+def test_decoders_that_keep_examples_apart(family):
+    model = build(family, "causal")
+    try_model(model, 100, torch.device("cpu"), packed=True)
+    assert model.training
+
+
+@pytest.mark.compat
+def test_a_model_that_shows_one_example_another_is_refused():
+    """OPT makes a mask of ones, and no packed examples are then told apart."""
+    model = tiny_opt().eval()
+    try_model(model, 100, torch.device("cpu"), packed=False)
+    with pytest.raises(UserError, match="lets the examples of a row see each other; set packing: false"):
+        try_model(model, 100, torch.device("cpu"), packed=True)
+    assert not model.training
+
+
+@pytest.mark.compat
+def test_an_encoder_is_no_language_model():
+    model = BertLMHeadModel(build("bert").config)
+    with pytest.raises(UserError, match="it is an encoder; task lm needs a decoder"):
+        try_model(model, 100, torch.device("cpu"), packed=False)
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"GSM8K is not at {GSM8K}")

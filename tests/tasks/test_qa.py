@@ -14,7 +14,7 @@ from dist_reg.data.config import DataConfig, EvalSet
 from dist_reg.data.squad import QAOptions
 from dist_reg.errors import UserError
 from dist_reg.tasks import load_task
-from dist_reg.tasks.qa import best_span
+from dist_reg.tasks.qa import _tokens_of, best_span
 from tests.tiny import tokenizer
 
 CONTEXT = "the film was very good . the book was not bad but slow . a meal is fine ."
@@ -81,6 +81,21 @@ def test_whole_contexts_are_one_window(tmp_path):
     task = load_task("qa", files(tmp_path)).tokenize(tokenizer(), 384)
     assert task.train["row"] == [0, 1, 2] == task.train["example_id"]
     assert task.train["holds_answer"] == [1, 1, 1]
+
+
+def test_characters_of_several_tokens_belong_to_the_answer_whole():
+    """Byte-level tokens of one character share its offsets: those of the third and fourth character here are 3 and 2."""
+    starts = [-1, 0, 1, 2, 2, 2, 3, 3, 4, -1]
+    ends = [-1, 1, 2, 3, 3, 3, 4, 4, 5, -1]
+    for span, tokens in (
+        ((2, 4), (3, 7)),
+        ((3, 4), (6, 7)),
+        ((2, 3), (3, 5)),
+        ((0, 5), (1, 8)),
+        ((4, 5), (8, 8)),
+    ):
+        assert _tokens_of(*span, starts, ends, 1, 8) == tokens
+    assert _tokens_of(2, 6, starts, ends, 1, 8) is None
 
 
 def test_long_questions_are_cut_and_counted(tmp_path, caplog):
@@ -206,6 +221,7 @@ def test_mistakes(tmp_path):
         ({"train": None}, "task qa needs data.train, the path of SQuAD's json"),
         ({"eval": {"a": EvalSet(task="demo")}}, "data.eval.a needs `file` with task qa"),
         ({"eval": {"a": EvalSet(file="dev.json", label_map={"a": "b"})}}, "data.eval.a.label_map has no use"),
+        ({"group_by_length": True}, "data.group_by_length has no use with task qa"),
         ({"train_samples": 9}, "holds 3 rows, fewer than the 9 samples"),
     ):
         with pytest.raises(UserError, match=message):

@@ -91,7 +91,7 @@ def test_other_files(tmp_path, kind):
     assert found == at_once.train.to_list()
 
 
-def test_language_models(tmp_path):
+def test_language_models(tmp_path, caplog):
     pairs = [{"prompt": "the film", "completion": "is good " * (1 + i % 5)} for i in range(40)]
     pairs[7]["prompt"] = "very " * 40  # nothing of its completion fits
     for name, content in (("a", pairs), ("dev", pairs[:3])):
@@ -102,7 +102,17 @@ def test_language_models(tmp_path):
     next(iter(rows))
     assert task.form == "completion"
     next(itertools.islice(rows, 39, None))
-    assert rows.counts == {"rows": 40, "rows_left_out": 1, "passes": 1}
+    assert rows.counts == {
+        "rows": 40, "rows_left_out": 1, "passes": 1, "tokens": 367, "tokens_predicted": 273, "rows_cut": 1,
+        "turns_left_out": 0,
+    }  # fmt: skip
+    assert (
+        caplog.text.count(
+            "a.jsonl: row 8 has nothing to learn from and is left out; results.json counts them."
+        )
+        == 2
+    )
+    assert "a.jsonl, read once: of 40 rows rows_cut 1, rows_left_out 1." in caplog.text
     packed = change(config, lm=LMOptions(packing=True))
     task, rows = stream(packed, "lm", decoder_tokenizer(), length=32)
     at_once = load_task("lm", change(packed, streaming=False)).tokenize(decoder_tokenizer(), 32)
@@ -126,6 +136,8 @@ def test_mistakes(tmp_path):
             load_task(task, change(config, **changes))
     with pytest.raises(UserError, match="data.train_samples needs all rows at once"):
         change(config, train_samples=3)
+    with pytest.raises(UserError, match="data.shuffle_buffer has no use without data.streaming"):
+        change(config, streaming=False, shuffle_buffer=3)
     with pytest.raises(UserError, match="data.shuffle_buffer is 0"):
         change(config, shuffle_buffer=0)
 
