@@ -110,7 +110,7 @@ def test_language_models(tmp_path, caplog):
         caplog.text.count(
             "a.jsonl: row 8 has nothing to learn from and is left out; results.json counts them."
         )
-        == 2
+        == 3
     )
     assert "a.jsonl, read once: of 40 rows rows_cut 1, rows_left_out 1." in caplog.text
     packed = change(config, lm=LMOptions(packing=True))
