@@ -273,7 +273,7 @@ def _nearest_key(key: str, cls: type) -> str:
     if parent.startswith("data.eval."):
         known = [f"{parent}.{item.name}" for item in dataclasses.fields(EvalSet)]
     elif cls is RunConfig and not parent:
-        known += [f"train.{name}" for name in _training_fields()]
+        known += [f"train.{name}" for name in training_fields()]
     same = [repr(name) for name in known if name.rpartition(".")[2] == last]
     if same:
         return f"did you mean {' or '.join(same)}?"
@@ -285,7 +285,7 @@ def _nearest_key(key: str, cls: type) -> str:
     )
 
 
-def _training_fields() -> list[str]:
+def training_fields() -> list[str]:
     """Names of TrainingArguments' fields, read from its source: a misspelt run file does not wait for torch."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,12 @@ def shipped_ds_configs() -> dict[str, Path]:
     return {}
 
 
-def read_ds_config(name: str) -> dict[str, Any]:
-    """The DeepSpeed configuration that `deepspeed:` names, as data."""
+def read_ds_config(name: str, *, import_deepspeed: bool = True) -> dict[str, Any]:
+    """The DeepSpeed configuration that `deepspeed:` names, as data.
+
+    Without `import_deepspeed`, which takes seconds, the values inside `zero_optimization` are not held against DeepSpeed's
+    own class, only their names and the stage. Raises UserError.
+    """
     path = ds_config_path(name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -99,7 +105,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(key, DS_KEYS, n=1, cutoff=0.85)
         if close and key not in DS_KEYS:
             raise UserError(f"deepspeed: {path}: unknown key {key!r}; did you mean {close[0]!r}?")
-    _check_zero(zero, path)
+    (_check_zero if import_deepspeed else _check_zero_names)(zero, path)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         config.setdefault(key, "auto")
     # Left out, DeepSpeed clips at 1.0 whatever the run file says, and exports no weights under ZeRO-3.
@@ -126,6 +132,24 @@ def _check_zero(zero: dict[str, Any], path: Path) -> None:
         ) from None
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"deepspeed: {path}: zero_optimization: {' '.join(str(error).split())}") from None
+
+
+def _check_zero_names(zero: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a name that is no field of DeepSpeed's class, read from its source, or a stage that is none."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is not None and spec.origin is not None:
+        source = Path(spec.origin).with_name("runtime") / "zero" / "config.py"
+        text = source.read_text(encoding="utf-8")
+        known = re.findall(r"^    (\w+): .+=", text, re.MULTILINE) + re.findall(r'alias="(\w+)"', text)
+        for key in zero:
+            if key not in known:
+                raise UserError(
+                    f"deepspeed: {path}: zero_optimization.{key} is unknown; {nearest(key, known)}"
+                )
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(
+            f"deepspeed: {path}: zero_optimization.stage must be 0 to 3; it is {zero['stage']!r}."
+        )
 
 
 def check_agreement(run: RunConfig, train: dict[str, Any], config: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -16,9 +15,11 @@ import pydantic
 import torch
 import transformers
 
+from dist_reg.batch import cut_batch
 from dist_reg.config import RunConfig
 from dist_reg.ds_config import check_agreement, check_optimizer, read_ds_config
 from dist_reg.errors import UserError, nearest
+from dist_reg.runtime import world_size
 from dist_reg.trainer import SAMPLING_STRATEGIES
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def training_arguments(
     _check_values(train)
     if train.get("eval_strategy") == "no" or train.get("save_strategy") == "no":
         train["load_best_model_at_end"] = bool(run.train.get("load_best_model_at_end", False))
-    train.update(_batch_fields(run, train))
+    train.update(cut_batch(run.batch_size, world_size(), train))
     if run.early_stopping is not None and train.get("eval_strategy") == "no":
         raise UserError("early_stopping needs evaluations; set train.eval_strategy to epoch or steps.")
     if not torch.cuda.is_available():
@@ -267,26 +268,3 @@ def _check_values(train: dict[str, Any]) -> None:
     rate = train["learning_rate"]
     if not (math.isfinite(float(rate)) and float(rate) >= 0):
         raise UserError(f"train.learning_rate must be a finite number >= 0; it is {rate}.")
-
-
-def _batch_fields(run: RunConfig, train: dict[str, Any]) -> dict[str, int]:
-    """Micro-batch and accumulation whose product over all processes is `batch_size`."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = train.get("per_device_train_batch_size")
-    steps = train.get("gradient_accumulation_steps")
-    if any(given is not None and (not isinstance(given, int) or given < 1) for given in (micro, steps)):
-        rest = 1
-    elif micro is None:
-        steps = steps or 1
-        micro, rest = divmod(run.batch_size, world * steps)
-    elif steps is None:
-        steps, rest = divmod(run.batch_size, world * micro)
-    else:
-        rest = run.batch_size - world * micro * steps
-    if rest or not micro or not steps:
-        raise UserError(
-            f"batch_size {run.batch_size} is not processes ({world}) x micro-batch "
-            f"({train.get('per_device_train_batch_size', 'free')}) x accumulation "
-            f"({train.get('gradient_accumulation_steps', 'free')}); choose numbers whose product it is."
-        )
-    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}

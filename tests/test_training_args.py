@@ -1,4 +1,4 @@
-"""From `batch_size`, `train` and `deepspeed` to TrainingArguments: arithmetic, names, refusals."""
+"""From `batch_size`, `train` and `deepspeed` to TrainingArguments: names, refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from dist_reg.training_args import (
     REFUSED,
     RENAMED,
     WITHOUT_EFFECT,
-    _batch_fields,
     _check_names,
     activation_checkpointing_field,
     check_settings,
@@ -42,63 +41,6 @@ def sentence(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
-
-
-# -- batch arithmetic
-
-
-@pytest.mark.parametrize(
-    ("world", "train", "micro", "steps"),
-    [
-        (1, {}, 8, 1),
-        (2, {}, 4, 1),
-        (4, {}, 2, 1),
-        (8, {}, 1, 1),
-        (1, {STEPS: 4}, 2, 4),
-        (2, {STEPS: 2}, 2, 2),
-        (1, {MICRO: 2}, 2, 4),
-        (4, {MICRO: 1}, 1, 2),
-        (2, {MICRO: 2, STEPS: 2}, 2, 2),
-    ],
-)
-def test_batch_is_cut_over_the_processes(monkeypatch, world, train, micro, steps):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert _batch_fields(make(8), train) == {MICRO: micro, STEPS: steps}
-
-
-def test_one_process_without_a_launcher(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert _batch_fields(make(5), {}) == {MICRO: 5, STEPS: 1}
-
-
-@pytest.mark.parametrize(
-    ("world", "batch", "train"),
-    [
-        (3, 8, {}),
-        (16, 8, {}),
-        (1, 8, {STEPS: 3}),
-        (1, 8, {STEPS: 16}),
-        (2, 8, {MICRO: 3}),
-        (1, 8, {MICRO: 16}),
-        (2, 8, {MICRO: 2, STEPS: 4}),
-        (1, 8, {STEPS: -2}),
-        (1, 8, {STEPS: 0}),
-        (1, 8, {MICRO: -4}),
-        (1, 8, {MICRO: 0}),
-        (1, 8, {MICRO: 0, STEPS: 0}),
-        (1, 8, {MICRO: "four"}),
-        (1, 8, {STEPS: "two"}),
-        (1, 8, {MICRO: 4.0}),
-        (1, 8, {STEPS: 2.0}),
-    ],
-)
-def test_batch_that_does_not_divide_is_refused(monkeypatch, world, batch, train):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(UserError) as error:
-        _batch_fields(make(batch), train)
-    message = sentence(error)
-    for part in (str(batch), f"({world})", *(str(value) for value in train.values())):
-        assert part in message
 
 
 # -- names of fields
