@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a sentence and exit code 2."""
+"""Exceptions that the command line turns into a sentence: a user's mistake into exit code 2, a run that was stopped into 75."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,21 @@ class UserError(ValueError):
 
     The message is one sentence that says what was wrong, where, and the nearest right thing.
     """
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved what it needs to go on.
+
+    Every rank raises it after the same step; the command line ends with `STOPPED`.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}, which is saved; the same command goes on from there")
+        self.step = step
+
+
+STOPPED = os.EX_TEMPFAIL
+"""Exit code of a run that stopped on request: start it again."""
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:

@@ -22,9 +22,12 @@ from dist_reg.errors import UserError, nearest, reason
 from dist_reg.export import export_model
 from dist_reg.kept import FILE, kept_methods
 from dist_reg.model import load_model
+from dist_reg.progress import ProgressCallback
 from dist_reg.provenance import provenance
 from dist_reg.rundir import RunDirectory, plain
 from dist_reg.runtime import is_main, prepare_process, world_size
+from dist_reg.stop_callback import StopCallback
+from dist_reg.stopping import current_request
 from dist_reg.tasks import Task, load_task
 from dist_reg.trainer import Trainer
 from dist_reg.training_args import SETTING_ERRORS, check_settings, training_arguments
@@ -96,6 +99,8 @@ def train_in(
     say(describe(run, task, trainer))
     if resume is not None:
         say(f"resuming from {resume}")
+    trainer.add_callback(ProgressCallback(folder.path))
+    trainer.add_callback(StopCallback(current_request()))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - start

@@ -4,6 +4,8 @@ run.yaml       the resolved run file; what tells this run from another
 log.jsonl      every log line as data
 checkpoints/   sealed checkpoints (dist_reg.checkpoint)
 model/         the exported model with its card, loadable without this project
+slurm/         what was submitted, with the jobs' logs (dist_reg.launch.submission)
+progress.json  how far the run is (dist_reg.progress)
 .lock          held while a process trains here
 results.json   metrics, timings, versions, commit, hardware; its presence means the run is finished
 """
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.yaml"
 RESULTS = "results.json"
 LOCK = ".lock"
+SUBMISSIONS = "slurm"
+PROGRESS = "progress.json"
 
 
 class RunDirectory:
@@ -47,7 +51,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise UserError(f"train.output_dir: {self.path} is a file; give a folder.")
         if not self.run_file.is_file():
-            ours = {f".{RUN_FILE}", LOCK}  # what a start that failed may have left
+            ours = {f".{RUN_FILE}", LOCK, SUBMISSIONS}  # what a job or a start that failed may have left
             if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
                 ours.add(self.checkpoints.name)
             if any(entry.name not in ours for entry in self.path.iterdir()):

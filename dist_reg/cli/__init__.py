@@ -11,7 +11,8 @@ from typing import NoReturn
 import click
 
 from dist_reg import __version__
-from dist_reg.errors import UserError, nearest
+from dist_reg.errors import STOPPED, Stopped, UserError, nearest
+from dist_reg.launch import failure
 from dist_reg.runtime import die_with_launcher, keep_freed_memory, leave
 
 COMMANDS = {
@@ -57,7 +58,8 @@ def dist_reg() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and end the process: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line and end the process: 0, 2 for a user's mistake, 75 when a run was stopped and is saved, 130 when
+    interrupted."""
     leave(run_command())
 
 
@@ -73,19 +75,36 @@ def run_command() -> int:
     try:
         code = dist_reg.main(standalone_mode=False)
     except UserError as error:
-        _say(f"error: {error}")
+        _say_mistake(error, f"error: {error}")
         code = 2
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            _say(str(stop))
+        code = STOPPED
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         code = 2
     except click.ClickException as error:
         message = error.format_message()
-        _say(f"error: {message[0].lower()}{' '.join(message[1:].replace('. Did', '; did').split())}")
+        _say_mistake(
+            error, f"error: {message[0].lower()}{' '.join(message[1:].replace('. Did', '; did').split())}"
+        )
         code = 2
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted")
         code = 130
+    except Exception as error:
+        failure.record(error)
+        if not failure.is_reported():
+            raise
+        code = 1
     return code if isinstance(code, int) else 0
+
+
+def _say_mistake(error: Exception, sentence: str) -> None:
+    failure.record(error, sentence=sentence)
+    if not failure.is_reported():
+        _say(sentence)
 
 
 def _say(text: str) -> None:

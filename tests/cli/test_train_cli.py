@@ -151,7 +151,7 @@ def test_run_directory(first):
     root, called = first
     assert called.code == 0, called.err
     assert sorted(entry.name for entry in (root / "out").iterdir()) == [
-        "checkpoints", "log.jsonl", "model", "results.json", "run.yaml",
+        "checkpoints", "log.jsonl", "model", "progress.json", "results.json", "run.yaml",
     ]  # fmt: skip
     assert steps(root) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert all(damage(path) is None for path in checkpoints(root / "out" / "checkpoints"))
