@@ -18,6 +18,8 @@ from dist_reg.runtime import die_with_launcher, keep_freed_memory, leave
 COMMANDS = {
     "train": "Train, evaluate and export what a run file describes.",
     "eval": "Evaluate an exported model or a finished run.",
+    "submit": "Submit what a run file describes to SLURM, alone or as an array.",
+    "status": "Show how far the runs below a folder are.",
     "report": "Summarise the results of the runs below a folder.",
     "methods": "List the methods, or one method's options.",
     "diagnose": "Show how far noise at one layer moves every layer above.",

@@ -131,9 +131,11 @@ def _communication() -> Finding:
 
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None:
-        return Finding("SLURM", WARN, "no sbatch on PATH; use torchrun")
+        return Finding("SLURM", WARN, "no sbatch on PATH; launch/torchrun.sh starts a run on the GPUs here")
     job = os.environ.get("SLURM_JOB_ID")
-    return Finding("SLURM", GOOD, f"sbatch found{f', inside job {job}' if job else ''}")
+    return Finding(
+        "SLURM", GOOD, f"sbatch found{f', inside job {job}' if job else ''}; dist-reg submit submits a run"
+    )
 
 
 def _memory() -> Finding:
