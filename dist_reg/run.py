@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import transformers
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import PrinterCallback
 
 from dist_reg import checkpoint
@@ -241,8 +242,15 @@ def check_quantized(run: RunConfig) -> None:
 
 
 def resumable(run: RunConfig, folder: RunDirectory, args: transformers.TrainingArguments) -> Path | None:
-    """The checkpoint to resume from, if any. Raises UserError when ZeRO cannot load it on this many processes."""
-    resume = checkpoint.newest_whole(folder.checkpoints, with_best=args.load_best_model_at_end)
+    """The checkpoint to resume from, if any; one process reads it through and tells the others.
+
+    Raises UserError when ZeRO cannot load it on this many processes.
+    """
+    found: list[Any] = [None]
+    if is_main():
+        best = args.load_best_model_at_end
+        found = [checkpoint.newest_whole(folder.checkpoints, with_best=best, contents=True)]
+    resume: Path | None = broadcast_object_list(found)[0]
     if resume is not None and run.deepspeed is not None and checkpoint.processes(resume) != world_size():
         raise UserError(
             f"{resume} was written by {checkpoint.processes(resume)} processes and this run has {world_size()}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -37,6 +38,25 @@ def test_published_checkpoint_is_whole_and_complete(tmp_path):
         assert (path / name).read_bytes() == content
     sizes = json.loads((path / MANIFEST).read_text())["files"]
     assert sizes == {name: len(content) for name, content in CONTENT.items()}
+    found = json.loads((path / MANIFEST).read_text())["sha256"]
+    assert found == {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
+
+
+def test_a_changed_byte_shows_when_contents_are_read(tmp_path, caplog):
+    older, newer = seal(tmp_path, 10), seal(tmp_path, 20)
+    (newer / "model.safetensors").write_bytes(b"w" * 999 + b"x")
+    assert damage(newer) is None
+    assert damage(newer, contents=True) == "model.safetensors is not what was written"
+    assert newest_whole(tmp_path, contents=True) == older
+    assert f"{newer} is not whole (model.safetensors is not what was written)" in caplog.text
+
+
+def test_a_checkpoint_from_before_digests_is_whole(tmp_path):
+    path = seal(tmp_path, 5)
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["sha256"]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert damage(path, contents=True) is None
 
 
 def test_publishing_again_replaces_the_whole_folder(tmp_path):
@@ -93,6 +113,7 @@ SPOIL = {
     "manifest of another kind": manifest_with('{"sizes": {}}'),
     "manifest a list": manifest_with("[]"),
     "manifest a number": manifest_with("3"),
+    "manifest with a list of digests": manifest_with('{"files": {}, "sha256": [3]}'),
     "manifest with a list of files": manifest_with('{"files": ["model.safetensors"]}'),
 }
 
