@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,13 @@ def start(
         text=True,
         env=environment,
         start_new_session=True,
+        preexec_fn=_hear_ctrl_c,
     )
+
+
+def _hear_ctrl_c() -> None:
+    """As in a terminal, whatever a script in the background handed down."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(
