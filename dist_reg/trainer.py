@@ -130,7 +130,7 @@ class Trainer(transformers.Trainer):
     processes and any ZeRO stage; ids come from the batch's `example_ids` (see `dist_reg.tasks.Collator`). Every log
     line holds the loss by term. Checkpoints are sealed by `dist_reg.checkpoint`. `lengths`, of the training examples, groups
     those of about one length in a step. `try_out` is called once, before the first step, with the model as it is trained, the
-    size of its vocabulary and its device.
+    Hugging Face model in it, and its device.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Trainer(transformers.Trainer):
         methods: Sequence[Method] = (),
         layers_path: str | None = None,
         lengths: Sequence[int] | None = None,
-        try_out: Callable[[Any, int, torch.device], None] | None = None,
+        try_out: Callable[[Any, Any, torch.device], None] | None = None,
         **kwargs: Any,
     ) -> None:
         self._lengths, self._try_out = lengths, try_out
@@ -307,8 +307,7 @@ class Trainer(transformers.Trainer):
         ids = _pop_ids(inputs)
         if model.training and self._try_out is not None:
             own, self._try_out = self._try_out, None
-            inner: Any = self.handle.model
-            own(model, inner.get_input_embeddings().num_embeddings, self.args.device)
+            own(model, self.handle.model, self.args.device)
         if model.training and ids is not None:
             epoch = self._sampler.epoch if self._sampler is not None else int(self.state.epoch or 0)
             inputs["example_keys"] = example_keys(ids, epoch)

@@ -109,7 +109,6 @@ def evaluate(folder: Path, run: RunConfig) -> dict[str, dict[str, float]]:
             data_collator=task.collator(tokenizer),
         )
         score(trainer, task)
-        table: Any = model.get_input_embeddings()
-        task.try_out(model, table.num_embeddings, args.device)
+        task.try_out(model, model, args.device)
         trainer.remove_callback(transformers.PrinterCallback)
         return evaluate_sets(trainer, task)

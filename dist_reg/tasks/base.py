@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dist_reg.data.config import DataConfig
     from dist_reg.data.stream import Source
+    from dist_reg.data.table import Table
     from dist_reg.tasks.collator import Collator
     from dist_reg.tasks.stream import Stream
 
@@ -71,8 +72,9 @@ class Task(ABC):
         """Whether the main metric is a share, to be shown in percent."""
         return True
 
-    def try_out(self, model: Any, vocabulary: int, device: Any) -> None:  # noqa: B027
-        """Run `model`, as it will be trained, on rows that show whether it can do what the task needs.
+    def try_out(self, model: Any, inner: Any, device: Any) -> None:  # noqa: B027
+        """Run `model`, as it will be trained, on rows that show whether it can do what the task needs; `inner` is the
+        Hugging Face model in it.
 
         Raises:
             UserError: it cannot.
@@ -226,6 +228,30 @@ class Task(ABC):
         train = self.trainable(encoded)
         counts["train"]["rows_left_out"] = len(encoded) - len(train)
         return replace(self, train=train, dev=sets.pop("dev"), eval_sets=sets, counts=counts)
+
+
+def add_eval_files(
+    task: str, tables: dict[str, Table], config: DataConfig, read: Callable[..., Table], why: str
+) -> None:
+    """Add to `tables` the further evaluation sets of a task whose rows have no columns to name and no labels.
+
+    Args:
+        read: maps (file, folder, whether fields may be quoted) to rows.
+        why: such options have no use, for the message.
+
+    Raises:
+        UserError: a set that is no file, has the name of another one, or an option without a use.
+    """
+    for name, eval_set in config.eval.items():
+        if name in tables:
+            raise UserError(f"data.eval.{name} has the name of a set of task {task}; rename it")
+        if eval_set.file is None:
+            raise UserError(f"data.eval.{name} needs `file` with task {task}, not `task`")
+        for option in ("text", "text_pair", "label", "label_map", "prediction_map"):
+            if getattr(eval_set, option) is not None:
+                raise UserError(f"data.eval.{name}.{option} has no use with task {task}: {why}")
+        quoting = config.quoting if eval_set.quoting is None else eval_set.quoting
+        tables[name] = read(eval_set.file, eval_set.data_dir or config.data_dir, quoting)
 
 
 def domains_of(config: DataConfig) -> dict[str, str]:

@@ -70,9 +70,9 @@ class LMTask(Task):
     def check_model(self, model: Any, name: str) -> None:
         """Nothing to check: any causal language model predicts tokens."""
 
-    def try_out(self, model: Any, vocabulary: int, device: Any) -> None:
+    def try_out(self, model: Any, inner: Any, device: Any) -> None:
         """That no token sees those behind it, nor, in packed rows, another example."""
-        try_model(model, vocabulary, device, packed=self.packed)
+        try_model(model, inner.get_input_embeddings().num_embeddings, device, packed=self.packed)
 
     def encoding(self) -> Any:
         path = self.options.chat_template

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dist_reg.data.config import DataConfig, EvalSet
+from dist_reg.data.config import DataConfig
 from dist_reg.data.hub import read_hub
 from dist_reg.data.lm import LMOptions, examples_of, form_of, read_rows
 from dist_reg.data.sampling import hold_out
 from dist_reg.data.stream import Source
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
-from dist_reg.tasks.base import Task, domains_of
+from dist_reg.tasks.base import Task, add_eval_files, domains_of
 from dist_reg.tasks.lm import FORMS, LMTask, make_dataset
 from dist_reg.tasks.streaming import training_stream
 
@@ -39,10 +39,7 @@ def own_lm(config: DataConfig) -> Task:
         tables["train"] = Table(
             source=name, columns={column: [value] for column, value in first.items()}, lines=[1]
         )
-    for set_name, eval_set in config.eval.items():
-        if set_name in tables:
-            raise UserError(f"data.eval.{set_name} has the name of a set of task lm; rename it")
-        tables[set_name] = _read_eval_set(set_name, eval_set, config)
+    add_eval_files("lm", tables, config, _read, "its rows are of the form of the training set's")
     form = form_of(tables["train"], options, config.text)
     if options.chat_template is not None and form != "chat":
         raise UserError(f"data.lm.chat_template has no use with {FORMS[form]}")
@@ -94,18 +91,6 @@ def _tables(config: DataConfig) -> dict[str, Table]:
 
 def _read(file: str, data_dir: str | None, quoting: bool | None) -> Table:
     return read_rows(Path(data_dir or "").expanduser() / Path(file).expanduser(), quoting=quoting)
-
-
-def _read_eval_set(name: str, eval_set: EvalSet, config: DataConfig) -> Table:
-    if eval_set.file is None:
-        raise UserError(f"data.eval.{name} needs `file` with task lm, not `task`")
-    for option in ("text", "text_pair", "label", "label_map", "prediction_map"):
-        if getattr(eval_set, option) is not None:
-            raise UserError(
-                f"data.eval.{name}.{option} has no use with task lm: its rows are of the form of the training set's"
-            )
-    quoting = config.quoting if eval_set.quoting is None else eval_set.quoting
-    return _read(eval_set.file, eval_set.data_dir or config.data_dir, quoting)
 
 
 def _split(table: Table, config: DataConfig) -> tuple[Table, Table]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dist_reg.data.config import DataConfig, EvalSet
+from dist_reg.data.config import DataConfig
 from dist_reg.data.hub import read_hub
 from dist_reg.data.sampling import hold_out
 from dist_reg.data.squad import QAOptions, questions_of, read_questions
 from dist_reg.data.table import Table
 from dist_reg.errors import UserError
-from dist_reg.tasks.base import Task, domains_of
+from dist_reg.tasks.base import Task, add_eval_files, domains_of
 from dist_reg.tasks.qa import QATask, make_dataset
 
 SQUAD = {
@@ -84,10 +84,7 @@ def _build(name: str, tables: dict[str, Table], config: DataConfig) -> Task:
             raise UserError(
                 f"data.{option} has no use with task {name}: its columns are question, context and answers"
             )
-    for set_name, eval_set in config.eval.items():
-        if set_name in tables:
-            raise UserError(f"data.eval.{set_name} has the name of a set of task {name}; rename it")
-        tables[set_name] = _read_eval_set(name, set_name, eval_set, config)
+    add_eval_files(name, tables, config, _read, "questions have no labels")
     samples = {set_name: eval_set.samples for set_name, eval_set in config.eval.items()}
     samples |= {"train": config.train_samples, "dev": config.dev_samples}
     some_without = any(not all(table.columns["answers"]) for table in tables.values())
@@ -106,15 +103,3 @@ def _build(name: str, tables: dict[str, Table], config: DataConfig) -> Task:
         metrics=(*METRICS, *(METRICS_WITHOUT_ANSWERS if some_without else ())),
         options=config.qa or QAOptions(),
     )
-
-
-def _read_eval_set(task: str, name: str, eval_set: EvalSet, config: DataConfig) -> Table:
-    if eval_set.file is None:
-        raise UserError(f"data.eval.{name} needs `file` with task {task}, not `task`")
-    for option in ("text", "text_pair", "label", "label_map", "prediction_map"):
-        if getattr(eval_set, option) is not None:
-            raise UserError(
-                f"data.eval.{name}.{option} has no use with task {task}: questions have no labels"
-            )
-    quoting = config.quoting if eval_set.quoting is None else eval_set.quoting
-    return _read(eval_set.file, eval_set.data_dir or config.data_dir, quoting)

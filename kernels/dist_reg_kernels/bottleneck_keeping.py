@@ -14,22 +14,11 @@ from dist_reg_kernels.bottleneck import Inside, Uniform, Visit, come_back, forwa
 
 
 def keeping_torch(
-    hidden: Tensor,
-    weights: Sequence[Tensor],
-    views: Tensor,
-    inner: Tensor,
-    keys: Tensor,
-    spans: Tensor | None,
-    seed: int,
-    site: int,
-    dropout: float,
-    reconstruct: str,
-    uniform: Uniform = uniform_torch,
+    *arguments: Any, uniform: Uniform = uniform_torch
 ) -> tuple[Tensor, Tensor, list[Tensor | None], list[Any]]:
-    """As `bottleneck.bottleneck_torch`, with the tensors that were computed on the way and what tells them apart."""
+    """As `bottleneck.bottleneck_torch` of the same arguments, with the tensors that were computed on the way and what tells them apart."""
     kept: list[tuple[Visit, Inside]] = []
-    options = (seed, site, dropout, reconstruct, uniform)
-    out, error = forward(hidden, weights, views, inner, keys, spans, *options, kept)
+    out, error = forward(*arguments, uniform, kept)
     tensors: list[Tensor | None] = []
     plan: list[Any] = []
     for visit, inside in kept:
